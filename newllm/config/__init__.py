@@ -1,0 +1,1 @@
+"""Typed configuration: schemas, composition, errors in plain words."""

@@ -1,0 +1,1 @@
+"""From texts to blocks of tokens."""

@@ -1,0 +1,1 @@
+"""Measurements on a finished run: one file per measurement."""

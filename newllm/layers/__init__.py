@@ -1,0 +1,1 @@
+"""Sequence mixers and blocks: one file per layer."""

@@ -1,0 +1,1 @@
+"""Training procedures: one LightningModule per file."""

@@ -50,9 +50,9 @@ _NOT = {int: "is not an integer", float: "is not a number", bool: "is not true o
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """Return the value as the annotation types it: an int where a float is asked becomes one, a list may become a tuple.
+    """Return the value as the annotation types it: an int where a float is asked becomes one, a list a tuple.
 
-    Nothing else is converted: a text is never read as a number.
+    A text is never read as a number.
 
     Args:
         value: plain value out of YAML or the command line.
@@ -93,7 +93,7 @@ def allowed(hint: Any) -> str:
         return f"a list, each {allowed(arguments[0])}"
     if origin is dict:
         return f"a mapping to {allowed(arguments[1])}"
-    return _NAMES[hint] if hint in _NAMES else "any value"
+    return _NAMES.get(hint, "any value")
 
 
 def choices(hint: Any) -> list[str]:

@@ -1,7 +1,7 @@
 """Types and meanings of every group of the configuration; values and their reasons stand in conf/.
 
-Models, layers, losses, trainers, data sources and evaluations keep their own schema beside their code (a class ending in
-`Config`, derived from the base here) and are found by their `kind`; all other groups are described here completely.
+Models, layers, losses, trainers, data sources and evaluations keep their own schema beside their code (a class ending
+in `Config`, derived from the base here) and are found by their `kind`; all other groups are described here completely.
 Nothing here, nor in a schema beside code, may need torch: mistakes are answered before it is imported.
 """
 
@@ -18,7 +18,7 @@ class GroupConfig:
     """What all groups share: a schema may check rules that one field's type and range cannot say."""
 
     def check(self, config: "TrainConfig") -> list[str]:
-        """Return a full error sentence for each broken rule between this group's fields and the rest of the configuration."""
+        """Return a full error sentence for each broken rule between these fields and the rest of the configuration."""
         return []
 
 
@@ -219,7 +219,7 @@ class GuardsConfig(GroupConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(GroupConfig):
+class TrainConfig:
     """Everything that decides a run of train.py."""
 
     name: str  # the run lies in <output_dir>/<name>/
@@ -246,7 +246,7 @@ class TrainConfig(GroupConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(GroupConfig):
+class EvaluateConfig:
     """Everything that decides a run of evaluate.py."""
 
     run: str  # run folder

@@ -1,0 +1,147 @@
+"""What every language model is: a plain module from token ids and a state to logits, hidden states and the next state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from newllm.recurrence import unroll
+from newllm.state import State
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a model returns.
+
+    Attributes:
+        logits: scores of the next token [B, T, V]; None from `encode`.
+        hidden: states [B, T, D] before the final norm: what a feedback model feeds back.
+        state: the state after the last token.
+    """
+
+    logits: Tensor | None
+    hidden: Tensor
+    state: Any
+
+
+class LanguageModel(nn.Module, ABC):
+    """A causal language model whose state is a value.
+
+    A subclass sets `vocab_size`, `dim` and `has_feedback` and writes `initial_state`, `encode`, `logits` and the two cost formulas.
+    In any chunking, token by token included, with the state carried, the result is that of one pass.
+    """
+
+    vocab_size: int
+    dim: int
+    has_feedback: bool = False
+
+    @abstractmethod
+    def initial_state(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """Return the empty state of `batch_size` texts; device and dtype are the parameters' unless given."""
+
+    @abstractmethod
+    def encode(
+        self,
+        input_ids: Tensor,
+        state: Any,
+        *,
+        previous_hidden: Tensor | None = None,
+        update_memory: bool = True,
+    ) -> ModelOutput:
+        """Return hidden states and the next state in one parallel pass; logits are None.
+
+        Args:
+            input_ids: tokens [B, T].
+            state: what `initial_state` or the previous call returned.
+            previous_hidden: for feedback models, the state of the position before each position [B, T, D].
+            update_memory: write memories; False reads them only.
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return scores of the next token [..., V] for states [..., D]."""
+
+    @abstractmethod
+    def flops_per_token(self, length: int) -> float:
+        """Return the matrix FLOPs per token of one forward pass over a text of `length` tokens."""
+
+    @abstractmethod
+    def state_bytes(self, length: int) -> int:
+        """Return the bytes of one text's state after `length` tokens, in fp32."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        state: Any = None,
+        *,
+        previous_hidden: Tensor | None = None,
+        update_memory: bool = True,
+    ) -> ModelOutput:
+        """Return logits, hidden states and the next state.
+
+        A feedback model without `previous_hidden` runs exactly, one position after another; with it, one parallel sweep.
+
+        Args:
+            input_ids: tokens [B, T].
+            state: None for the empty state.
+            previous_hidden: for feedback models, h_{t-1} for every position [B, T, D].
+            update_memory: write memories; False reads them only.
+        Raises:
+            ValueError: token ids out of range, another batch size than the state's, or `previous_hidden` given to a model without feedback.
+        """
+        if state is None:
+            state = self.initial_state(input_ids.shape[0])
+        self._check_call(input_ids, state, previous_hidden)
+        if self.has_feedback and previous_hidden is None:
+            hidden, next_state = unroll(self, input_ids, state, update_memory=update_memory)
+        else:
+            output = self.encode(input_ids, state, previous_hidden=previous_hidden, update_memory=update_memory)
+            hidden, next_state = output.hidden, output.state
+        return ModelOutput(self.logits(hidden), hidden, next_state)
+
+    def _check_call(self, input_ids: Tensor, state: State, previous_hidden: Tensor | None) -> None:
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+            raise ValueError(
+                f"input_ids: has shape {list(input_ids.shape)}. Allowed: [B, T] with T at least 1. Add the missing axis."
+            )
+        if state.num_rows != input_ids.shape[0]:
+            raise ValueError(
+                f"state: holds {state.num_rows} texts, input_ids {input_ids.shape[0]}. Allowed: equal numbers. "
+                f"Start with model.initial_state(batch_size={input_ids.shape[0]})."
+            )
+        if previous_hidden is not None and not self.has_feedback:
+            raise ValueError(
+                "previous_hidden: was given to a model without feedback. Allowed: None here. "
+                "Build the model with feedback=additive or gated."
+            )
+        if previous_hidden is not None and previous_hidden.shape != (*input_ids.shape, self.dim):
+            raise ValueError(
+                f"previous_hidden: has shape {list(previous_hidden.shape)}. Allowed: {[*input_ids.shape, self.dim]}. "
+                "Give the state of the position before each position."
+            )
+
+
+def count_parameters(model: nn.Module) -> dict[str, Any]:
+    """Return how many parameters a model has, every shared tensor counted once.
+
+    Returns:
+        `total`, `trainable`, and `shared`: lists of names that stand for one tensor.
+    """
+    names: dict[int, list[str]] = {}
+    sizes: dict[int, tuple[int, bool]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        # The address tells views of one storage apart from copies; meta tensors have none and are told apart by identity.
+        key = id(parameter) if parameter.is_meta else parameter.data_ptr() or id(parameter)
+        names.setdefault(key, []).append(name)
+        sizes[key] = (parameter.numel(), parameter.requires_grad)
+    return {
+        "total": sum(size for size, _ in sizes.values()),
+        "trainable": sum(size for size, is_trained in sizes.values() if is_trained),
+        "shared": sorted(group for group in names.values() if len(group) > 1),
+    }

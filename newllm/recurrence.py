@@ -1,0 +1,165 @@
+"""The one place that runs a recurrence: one lagged sweep, K sweeps, sweeps to a tolerance, or exactly, position by position.
+
+A recurrent model is a causal map F from previous states [B, T, D] to states [B, T, D], parallel over positions: row t of the result
+depends on rows <= t of its argument. A sweep applies F to the states of the sweep before, moved by one position (a Jacobi
+iteration); from any start it becomes exact from the left, one position per sweep. Lagged Cache Training is one sweep from the states
+of the last visit; a CVFP iteration is one sweep with a loss on how far the states moved; deployment runs `unroll`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """States that `solve` returns, and how it got there.
+
+    Attributes:
+        states: [B, T, D], with gradient through the last `differentiate` sweeps.
+        sweeps: sweeps made.
+        residuals: |new - old| / |new| at each sweep, unitless; empty unless statistics were asked for.
+        contraction: geometric mean of successive residual ratios, unitless; None before three sweeps. Below 1 the sweeps converge.
+    """
+
+    states: Tensor
+    sweeps: int
+    residuals: tuple[float, ...]
+    contraction: float | None
+
+
+class Recurrent(Protocol):
+    """What `unroll` needs of a model."""
+
+    def encode(
+        self, input_ids: Tensor, state: Any, *, previous_hidden: Tensor | None = None, update_memory: bool = True
+    ) -> Any: ...
+
+
+def shift(states_BTD: Tensor, first_BD: Tensor | None = None) -> Tensor:
+    """Return for every position the state of the one before it; position 0 gets `first_BD`, or zeros.
+
+    Args:
+        states_BTD: states [B, T, D].
+        first_BD: state before position 0, [B, D].
+    Returns:
+        Previous states [B, T, D].
+    """
+    if first_BD is None:
+        first_BD = torch.zeros_like(states_BTD[:, 0])
+    return torch.cat([first_BD.unsqueeze(1), states_BTD[:, :-1]], dim=1)
+
+
+def sweep(step: Map, states_BTD: Tensor, first_BD: Tensor | None = None) -> Tensor:
+    """Return the map applied once to all positions, each reading the given state of the position before it.
+
+    If the given states are exact at positions < k, the result is exact at positions <= k.
+    """
+    return step(shift(states_BTD, first_BD))
+
+
+def solve(
+    step: Map,
+    start_BTD: Tensor,
+    *,
+    sweeps: int,
+    tolerance: float | None = None,
+    differentiate: int = 0,
+    first_BD: Tensor | None = None,
+    statistics: bool = False,
+) -> Solution:
+    """Return the states after `sweeps` sweeps, or after the first whose relative change is at most `tolerance`.
+
+    T sweeps are exact from any start. K differentiated sweeps from converged states give the gradient over all paths with at most
+    K - 1 links between positions: back-propagation through time truncated to K steps.
+
+    Args:
+        step: causal map [B, T, D] -> [B, T, D].
+        start_BTD: first guess, for instance a lagged cache; no gradient reaches it.
+        sweeps: most sweeps to make, differentiated ones included.
+        tolerance: relative change, unitless, at which the sweeps without gradient stop; None makes them all.
+        differentiate: number of last sweeps that keep their graph.
+        first_BD: state before position 0; gradient reaches it.
+        statistics: measure the residual of every sweep. It reads a number from the device at each sweep, so training steps do without.
+    Raises:
+        ValueError: `sweeps` below 1, or more differentiated sweeps than sweeps.
+    Source: Jacobi iteration on a block-triangular system. DEER (Lim et al., 2024) linearises the same system instead.
+    """
+    if sweeps < 1:
+        raise ValueError(f"sweeps={sweeps}: makes no sweep. Allowed: 1 or more. Set it to the sweeps wanted.")
+    if not 0 <= differentiate <= sweeps:
+        raise ValueError(
+            f"differentiate={differentiate}: is not within sweeps={sweeps}. Allowed: 0 to {sweeps}. Raise sweeps or lower it."
+        )
+    measures = statistics or tolerance is not None
+    states = start_BTD.detach()
+    residuals: list[float] = []
+    made = 0
+    with torch.no_grad():
+        for _ in range(sweeps - differentiate):
+            new = sweep(step, states, first_BD)
+            made += 1
+            if measures:
+                residuals.append(relative_change(new, states))
+            states = new
+            if tolerance is not None and residuals[-1] <= tolerance:
+                break
+    for _ in range(differentiate):
+        new = sweep(step, states, first_BD)
+        made += 1
+        if measures:
+            residuals.append(relative_change(new, states))
+        states = new
+    return Solution(states, made, tuple(residuals), contraction(residuals))
+
+
+def unroll(
+    model: Recurrent, input_ids: Tensor, state: Any, *, update_memory: bool = True, truncate: int | None = None
+) -> tuple[Tensor, Any]:
+    """Return the exact states, computed one position after another with the model's own cached state, and the state after them.
+
+    This is the function that is deployed: generation makes the same steps.
+
+    Args:
+        model: a model with feedback; its state carries the hidden state of the last position as `state.hidden`.
+        input_ids: tokens [B, T].
+        state: state before the first of them.
+        update_memory: write memories.
+        truncate: cut the gradient every so many positions; None keeps it whole.
+    Returns:
+        States [B, T, D] and the next state.
+    """
+    states: list[Tensor] = []
+    for position in range(input_ids.shape[1]):
+        if truncate is not None and position > 0 and position % truncate == 0:
+            state = state.detach()
+        output = model.encode(
+            input_ids[:, position : position + 1],
+            state,
+            previous_hidden=state.hidden.unsqueeze(1),
+            update_memory=update_memory,
+        )
+        states.append(output.hidden)
+        state = output.state
+    return torch.cat(states, dim=1), state
+
+
+@torch.no_grad()
+def relative_change(new: Tensor, old: Tensor) -> float:
+    """Return |new - old| / |new|, unitless."""
+    return (torch.linalg.vector_norm(new - old) / torch.linalg.vector_norm(new).clamp_min(1e-30)).item()
+
+
+def contraction(residuals: list[float]) -> float | None:
+    """Return the geometric mean of successive residual ratios, the first sweep left out; None before three sweeps."""
+    positive = [residual for residual in residuals if residual > 0]
+    if len(positive) < 3:
+        return None
+    return (positive[-1] / positive[1]) ** (1 / (len(positive) - 2))

@@ -134,7 +134,7 @@ class State:
         on_counts: Callable[[tuple[int, ...]], tuple[int, ...]] = lambda counts: counts,
     ) -> Self:
         """Return the state with the functions applied to all its tensors and per-row counters, nested ones included."""
-        changed = {}
+        changed: dict[str, Any] = {}
         for field, value in self._values():
             if isinstance(value, Tensor):
                 changed[field.name] = value if field.metadata.get("shared") else on_tensor(value, field)
@@ -147,7 +147,7 @@ class State:
         return dataclasses.replace(self, **changed)
 
     def _reset(self, rows: list[bool], keep_frozen: bool) -> Self:
-        nested = {}
+        nested: dict[str, Any] = {}
         for field, value in self._values():
             if isinstance(value, State):
                 nested[field.name] = value._reset(rows, keep_frozen)

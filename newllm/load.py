@@ -1,0 +1,117 @@
+"""A finished run, read back from its folder alone."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from newllm.config.compose import config_from_plain
+from newllm.config.schema import TrainConfig
+from newllm.data.module import TextDataModule, build_data
+from newllm.models.base import LanguageModel
+from newllm.models.create import build_model
+from newllm.run_record import read_metrics, read_run
+
+CheckpointName = Literal["best", "last"]
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run folder brought back to life.
+
+    Attributes:
+        folder: where it lies.
+        config: its configuration.
+        model: its model with the checkpoint's weights, in evaluation mode.
+        metrics: what the run logged at the checkpoint's step, by metric name; empty where it did not validate there.
+        facts: contents of run.json.
+        step: optimizer steps behind the weights.
+    """
+
+    folder: Path
+    config: TrainConfig
+    model: LanguageModel
+    metrics: dict[str, float]
+    facts: dict[str, Any]
+    step: int
+
+    @cached_property
+    def data(self) -> TextDataModule:
+        """The run's data, cut as it was; tokenised texts come from the cache folder or are made again."""
+        data = build_data(self.config)
+        data.prepare()
+        expected = self.facts.get("data_fingerprint")
+        if expected is not None and data.fingerprint != expected:
+            raise ValueError(
+                f"{self.folder}: was trained on other data (fingerprint {expected}, the source now gives {data.fingerprint}). "
+                "Allowed: the same texts. Bring back the files or the package version of the run (run.json lists it)."
+            )
+        return data
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The run's own tokenizer, from its folder."""
+        from newllm.data.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.folder / "tokenizer.json")
+
+
+def checkpoint_path(folder: Path, which: CheckpointName) -> Path:
+    """Return the path of a run's checkpoint.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = folder / "checkpoints" / f"{which}.ckpt"
+    if not path.is_file():
+        found = sorted(file.name for file in (folder / "checkpoints").glob("*.ckpt"))
+        raise ValueError(
+            f"{path}: is missing. Allowed: a run folder with a checkpoint (found: {', '.join(found) or 'none'}). "
+            "Train longer than trainer.checkpoint_every_steps, or name another run."
+        )
+    return path
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's contents on the CPU; nothing but plain containers and tensors is ever unpickled.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path}: is damaged ({first_line}). Allowed: a checkpoint that train.py wrote. "
+            "Use the run's other checkpoint (best.ckpt, last.ckpt) or train again."
+        ) from error
+
+
+def load_run(folder: str | Path, checkpoint: CheckpointName = "best") -> LoadedRun:
+    """Return a run from its folder: configuration, model with trained weights, tokenizer, logged metrics.
+
+    Args:
+        folder: run folder that train.py wrote.
+        checkpoint: "best" by validation loss, or "last".
+    Raises:
+        ValueError: no run there, no checkpoint, or a damaged one.
+    """
+    record = read_run(folder)
+    config = config_from_plain(record.config)
+    contents = read_checkpoint(checkpoint_path(record.folder, checkpoint))
+    weights = {
+        name.removeprefix("model."): tensor
+        for name, tensor in contents["state_dict"].items()
+        if name.startswith("model.")
+    }
+    model = build_model(config, record.facts["vocab_size"])
+    model.load_state_dict(weights)
+    step = contents["global_step"]
+    metrics = next((line for line in reversed(read_metrics(folder)) if line["step"] == step and "val/loss" in line), {})
+    return LoadedRun(record.folder, config, model.eval(), metrics, record.facts, step)

@@ -1,0 +1,53 @@
+"""From the names in conf/ to a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from typing import Any
+
+import torch
+
+from newllm.config.compose import compose
+from newllm.config.schema import TrainConfig
+from newllm.models.base import LanguageModel
+
+
+def build_model(config: TrainConfig, vocab_size: int) -> LanguageModel:
+    """Return the model of a configuration, with random weights from torch's generator.
+
+    Args:
+        config: the whole configuration.
+        vocab_size: tokens.
+    """
+    return importlib.import_module(f"newllm.models.{config.model.kind}").build(config, vocab_size)
+
+
+def create_model(
+    name: str, *, vocab_size: int, size: str = "nano", seed: int | None = None, **keys: Any
+) -> LanguageModel:
+    """Return a model from the same conf/ files as the command line, as a plain `nn.Module`.
+
+    Args:
+        name: an option of conf/model, for instance "pythia" or "infini".
+        vocab_size: tokens.
+        size: an option of conf/size.
+        seed: of the random weights; None draws from torch's generator as it stands.
+        **keys: keys of the model or of its layers, for instance feedback="additive" or num_memory_banks=2.
+    Raises:
+        ValueError: an unknown name, key or value; the message lists what is allowed.
+    """
+    config = compose([f"model={name}", f"size={size}", *(_override(name, size, *item) for item in keys.items())])
+    if seed is None:
+        return build_model(config, vocab_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_model(config, vocab_size)
+
+
+def _override(name: str, size: str, key: str, value: Any) -> str:
+    """Keyword to command-line override: a key of the model if it has one of that name, else of the layers."""
+    model = compose([f"model={name}", f"size={size}"]).model
+    group = "model" if key in {field.name for field in dataclasses.fields(model)} else "layers"
+    return f"{group}.{key}={value if isinstance(value, str) else json.dumps(value)}"

@@ -1,0 +1,84 @@
+"""What all training procedures share: loss, optimizer, exact validation, logged names."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from newllm.config.schema import TrainConfig
+from newllm.evaluation.scoring import Score, score_batch
+from newllm.models.base import LanguageModel
+from newllm.trainers.optimization import build_optimizer, learning_rate_factor
+
+Batch = dict[str, Tensor]
+
+
+class TrainingModule(lightning.LightningModule):
+    """A training procedure over a plain model. A subclass writes `states`: how the hidden states of a batch come about.
+
+    Validation scores the function that is deployed: the exact recurrence, every target once.
+
+    Args:
+        model: the model to train.
+        loss: callable (model, hidden, targets) -> scalar.
+        config: the whole configuration.
+        token_bytes: UTF-8 bytes of every token [V], for bits per byte.
+    """
+
+    def __init__(self, model: LanguageModel, loss: nn.Module, config: TrainConfig, token_bytes: Tensor) -> None:
+        super().__init__()
+        self.model, self.loss, self.config = model, loss, config
+        self.token_bytes = token_bytes
+        self.last_grad_norm: Tensor | None = None
+        self.scores: dict[str, Score] = {}
+
+    @abstractmethod
+    def states(self, batch: Batch) -> Tensor:
+        """Return the hidden states [B, T, D] that this procedure trains on, with gradient."""
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        loss = self.loss(self.model, self.states(batch), batch["labels"])
+        self.log("train/loss", loss.detach(), batch_size=batch["input_ids"].shape[0])
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.scores = {}
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        for mode in self.validation_modes():
+            score = score_batch(self.model, batch, self.token_bytes, mode=mode)
+            self.scores[mode] = self.scores[mode] + score if mode in self.scores else score
+
+    def validation_modes(self) -> list[str]:
+        """Return what validation scores: the deployed function, and what stands beside it."""
+        return ["exact", "lagged", "no_feedback"] if self.model.has_feedback else ["exact"]
+
+    def on_validation_epoch_end(self) -> None:
+        exact = self.scores["exact"].metrics()
+        self.log_dict({f"val/{name}": value for name, value in exact.items()})
+        for mode in self.scores:
+            if mode != "exact":
+                self.log(f"val/loss_{mode}", self.scores[mode].metrics()["loss"])
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.model, self.config.optimizer)
+        # The length of the schedule comes from the configuration: asking the trainer for it would break exact resumption.
+        factor = learning_rate_factor(self.config.schedule, self.config.trainer.max_steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        limit = self.config.trainer.gradient_clip_norm
+        gradients = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        # An infinite limit measures the norm and leaves the gradients alone.
+        self.last_grad_norm = nn.utils.clip_grad_norm_(gradients, float("inf") if limit is None else limit)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["random_state"] = torch.get_rng_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        torch.set_rng_state(checkpoint["random_state"].cpu())

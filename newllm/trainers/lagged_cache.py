@@ -1,0 +1,144 @@
+"""The states of every sample's last visit, kept by sample id.
+
+N: training samples.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# numpy knows no bf16: on disk its two bytes travel as int16.
+DISK_DTYPES = {"bf16": np.int16, "fp16": np.float16, "fp32": np.float32}
+
+
+class LaggedCache:
+    """States [N, T, D] in RAM or in a memory-mapped file, gathered and scattered by sample id.
+
+    Samples are found by their id alone, so shuffling, workers, dropped batches and resumption keep each with its own states.
+
+    Args:
+        num_samples: N.
+        length: T, tokens of a block.
+        dim: D.
+        dtype: how states are stored.
+        path: file to keep them in; None keeps them in RAM.
+    Raises:
+        ValueError: the states do not fit, or the file is of another configuration.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        length: int,
+        dim: int,
+        *,
+        dtype: Literal["bf16", "fp16", "fp32"],
+        path: Path | None = None,
+    ) -> None:
+        self.shape, self.dtype, self.path = (num_samples, length, dim), DTYPES[dtype], path
+        self.visits = torch.zeros(num_samples, dtype=torch.int64)
+        check_fits(self.nbytes, path)
+        if path is None:
+            self.states = torch.zeros(self.shape, dtype=self.dtype)
+        else:
+            self.states = _map_file(path, self.shape, dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states."""
+        return cache_bytes(*self.shape, self.dtype)
+
+    def is_visited(self, sample_ids: Tensor) -> Tensor:
+        """Return True for samples whose states are known, [B]."""
+        return self.visits[sample_ids.cpu()] > 0
+
+    def gather(self, sample_ids: Tensor, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the samples' states of their last visit [B, T, D]; zeros before the first."""
+        rows = self.states[sample_ids.cpu()]
+        if device.type == "cuda":
+            rows = rows.pin_memory()
+        return rows.to(device, non_blocking=True).to(dtype)
+
+    def scatter(self, sample_ids: Tensor, states_BTD: Tensor) -> None:
+        """Keep the samples' states; nothing of their graph stays."""
+        rows = sample_ids.cpu()
+        self.states[rows] = states_BTD.detach().to(self.dtype).cpu()
+        self.visits[rows] += 1
+
+    def forget(self) -> None:
+        """Count every sample as never visited."""
+        self.visits.zero_()
+
+    def state_dict(self, *, with_states: bool) -> dict[str, Tensor]:
+        """Return what a checkpoint carries: the visits, and the states if asked for."""
+        carried = {"visits": self.visits.clone()}
+        return carried | ({"states": self.states.clone()} if with_states else {})
+
+    def load_state_dict(self, carried: dict[str, Tensor]) -> bool:
+        """Take over what a checkpoint carried; without states every sample counts as never visited.
+
+        Returns:
+            Whether the states were there.
+        """
+        if "states" not in carried:
+            self.forget()
+            return False
+        self.visits.copy_(carried["visits"])
+        self.states.copy_(carried["states"])
+        return True
+
+
+def cache_bytes(num_samples: int, length: int, dim: int, dtype: torch.dtype) -> int:
+    """Return the bytes of a cache."""
+    return num_samples * length * dim * dtype.itemsize
+
+
+def check_fits(nbytes: int, path: Path | None) -> None:
+    """Raise unless the cache fits where it is to be kept.
+
+    Raises:
+        ValueError: it does not; the message gives both figures.
+    """
+    if path is None:
+        free, place, other = psutil.virtual_memory().available, "of free memory", "trainer.cache=disk"
+    else:
+        existing = next(parent for parent in [path, *path.parents] if parent.exists())
+        free, place, other = (
+            shutil.disk_usage(existing).free,
+            f"free on the disk of {path.parent}",
+            "trainer.cache=none",
+        )
+    if nbytes > 0.9 * free:
+        raise ValueError(
+            f"trainer.cache: needs {nbytes / 2**30:.2f} GiB (samples x tokens x hidden size), there are {free / 2**30:.2f} GiB {place}. "
+            f"Allowed: at most 90 % of it. Choose {other}, a smaller data.max_train_blocks or trainer.cache_dtype=bf16."
+        )
+
+
+def _map_file(path: Path, shape: tuple[int, int, int], dtype: str) -> Tensor:
+    """Memory-map the file, made with zeros where there is none; its description lies beside it."""
+    described = {"shape": list(shape), "dtype": dtype}
+    beside = path.with_suffix(".json")
+    if path.exists() and beside.exists():
+        found = json.loads(beside.read_text())
+        if found != described:
+            raise ValueError(
+                f"{path}: holds states of another configuration ({found}, this run needs {described}). "
+                "Allowed: a file of the same shape and dtype. Delete it, or resume with the configuration that made it."
+            )
+        mapped = np.memmap(path, dtype=DISK_DTYPES[dtype], mode="r+", shape=shape)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mapped = np.memmap(path, dtype=DISK_DTYPES[dtype], mode="w+", shape=shape)
+        beside.write_text(json.dumps(described))
+    tensor = torch.from_numpy(mapped)
+    return tensor.view(torch.bfloat16) if dtype == "bf16" else tensor

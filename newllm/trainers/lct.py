@@ -1,0 +1,157 @@
+"""Lagged Cache Training: a recurrent model trained in parallel, the states of the last visit standing in for the exact ones."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from newllm.config.fields import Count, Range
+from newllm.config.schema import TrainConfig, TrainerConfig
+from newllm.models.base import LanguageModel
+from newllm.recurrence import solve
+from newllm.trainers.base import Batch, TrainingModule
+from newllm.trainers.lag import gradient_cosine, lag_statistics, sweep_map
+from newllm.trainers.lagged_cache import LaggedCache
+
+log = logging.getLogger(__name__)
+
+AUTO_REFERENCE_SWEEPS = 8
+AUTO_COSINE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class LctConfig(TrainerConfig):
+    """Lagged Cache Training.
+
+    Attributes:
+        sweeps: K, differentiated sweeps per step; "auto" raises K until its gradient agrees with that of 8 sweeps.
+        init_sweeps: sweeps without gradient, from zeros, at a sample's first visit.
+        cache: where states are kept between visits; "none" starts every batch from zeros.
+        cache_dtype: how states are stored.
+        cache_checkpoint_limit: bytes up to which a checkpoint carries the cache; above it a resumed run rebuilds it by sweeps.
+    """
+
+    needs_feedback: ClassVar[bool] = True
+
+    sweeps: Count | Literal["auto"]
+    init_sweeps: Annotated[int, Range(minimum=1)]
+    cache: Literal["ram", "disk", "none"]
+    cache_dtype: Literal["bf16", "fp16", "fp32"]
+    cache_checkpoint_limit: Annotated[int, Range(minimum=0)]
+
+
+class LctModule(TrainingModule):
+    """One step: gather the cached states, K differentiated sweeps, loss, backward, scatter the new states.
+
+    Args:
+        model: a feedback model.
+        loss: callable (model, hidden, targets) -> scalar.
+        config: the whole configuration.
+        token_bytes: UTF-8 bytes of every token [V].
+        num_samples: training samples N.
+        folder: run folder, for a cache on disk.
+    Source: Jacobi iteration spread over visits; K differentiated sweeps from converged states are back-propagation through time
+    truncated to K steps.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        loss: nn.Module,
+        config: TrainConfig,
+        token_bytes: Tensor,
+        *,
+        num_samples: int,
+        folder: Path,
+    ) -> None:
+        super().__init__(model, loss, config, token_bytes)
+        self.options: LctConfig = config.trainer  # type: ignore[assignment]  # the schema of trainer=lct
+        self.sweeps = 1 if self.options.sweeps == "auto" else self.options.sweeps
+        self.cache: LaggedCache | None = None
+        if self.options.cache != "none":
+            self.cache = LaggedCache(
+                num_samples,
+                config.data.block_length,
+                model.dim,
+                dtype=self.options.cache_dtype,
+                path=folder / "lagged_cache.bin" if self.options.cache == "disk" else None,
+            )
+
+    def states(self, batch: Batch) -> Tensor:
+        start = self.lagged_states(batch)
+        step = sweep_map(self.model, batch["input_ids"])
+        states = solve(step, start, sweeps=self.sweeps, differentiate=self.sweeps).states
+        if self.cache is not None:
+            self.cache.scatter(batch["sample_id"], states)
+        return states
+
+    @torch.no_grad()
+    def lagged_states(self, batch: Batch) -> Tensor:
+        """Return the states [B, T, D] that the next step on the batch starts from."""
+        input_ids, sample_ids = batch["input_ids"], batch["sample_id"]
+        like = self.model.initial_state(1).hidden
+        zeros = like.new_zeros(*input_ids.shape, self.model.dim)
+        if self.cache is None:
+            return self._first_states(input_ids, zeros)
+        is_new = ~self.cache.is_visited(sample_ids)
+        if is_new.all():
+            return self._first_states(input_ids, zeros)
+        states = self.cache.gather(sample_ids, device=like.device, dtype=like.dtype)
+        if is_new.any():
+            rows = is_new.nonzero().squeeze(1).to(states.device)
+            states[rows] = self._first_states(input_ids[rows], zeros[rows])
+        return states
+
+    def report_lag(self, batch: Batch) -> dict[str, Any]:
+        """Return lag statistics of the states that the next step on this batch starts from, for at most 8 of its samples."""
+        probe = {name: tensor[:8] for name, tensor in batch.items()}
+        lagged = self.lagged_states(probe)
+        report = lag_statistics(self.model, probe["input_ids"], lagged)
+        few = {name: tensor[:2] for name, tensor in batch.items()}
+        report["gradient_cosine"] = self._cosine(few, lagged[:2], self.sweeps, reference=32)
+        return report
+
+    def raise_sweeps(self, batch: Batch) -> None:
+        """For sweeps=auto: raise K until the gradient's cosine to that of 8 sweeps is high enough, and say which K it is."""
+        probe = {name: tensor[:8] for name, tensor in batch.items()}
+        lagged = self.lagged_states(probe)
+        while self.sweeps < AUTO_REFERENCE_SWEEPS:
+            cosine = self._cosine(probe, lagged, self.sweeps, reference=AUTO_REFERENCE_SWEEPS)
+            if cosine >= AUTO_COSINE:
+                return
+            self.sweeps += 1
+            log.info(
+                "sweeps=auto: cosine to %d sweeps was %.3f, K is now %d", AUTO_REFERENCE_SWEEPS, cosine, self.sweeps
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["sweeps"] = self.sweeps
+        if self.cache is not None:
+            fits = self.cache.nbytes <= self.options.cache_checkpoint_limit
+            checkpoint["lagged_cache"] = self.cache.state_dict(with_states=fits)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.sweeps = checkpoint["sweeps"]
+        if self.cache is not None and not self.cache.load_state_dict(checkpoint["lagged_cache"]):
+            log.warning(
+                "the checkpoint carries no lagged cache (%.2f GiB, above trainer.cache_checkpoint_limit): "
+                "every sample's states are rebuilt by %d sweeps at its next visit",
+                self.cache.nbytes / 2**30,
+                self.options.init_sweeps,
+            )
+
+    def _first_states(self, input_ids: Tensor, zeros: Tensor) -> Tensor:
+        # From zeros alone the feedback projection would get no gradient during the whole first epoch.
+        return solve(sweep_map(self.model, input_ids), zeros, sweeps=self.options.init_sweeps).states
+
+    def _cosine(self, batch: Batch, lagged: Tensor, sweeps: int, *, reference: int) -> float:
+        return gradient_cosine(
+            self.model, self.loss, batch["input_ids"], batch["labels"], lagged, sweeps=sweeps, reference=reference
+        )

@@ -1,0 +1,76 @@
+"""Layers small enough for exact comparison, one for each option that changes what a layer computes."""
+
+import importlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newllm.layers.base import Layer
+from newllm.layers.build import layer_class
+
+DIM, NUM_HEADS, MLP_DIM = 8, 2, 12
+SEGMENT = 4
+
+_MEMORY: dict[str, Any] = {
+    "segment_length": SEGMENT,
+    "memory_heads": 1,
+    "memory_kernel": "elu",
+    "write": "delta",
+    "local": "linear",
+    "mix": "gate",
+    "detach_every": None,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "pythia": {"rotary_share": 0.5, "rotary_base": 10000.0, "window": None},
+    "infini": {**_MEMORY, "num_memory_banks": 1, "segments_per_bank": 2},
+}
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pythia": ("pythia", {}),
+    "pythia-window": ("pythia", {"window": 3}),
+    "infini": ("infini", {}),
+    "infini-linear": ("infini", {"write": "linear"}),
+    "infini-softmax": ("infini", {"local": "softmax"}),
+    "infini-memory-only": ("infini", {"local": "none"}),
+    "infini-joint": ("infini", {"mix": "joint", "write": "linear"}),
+    "infini-heads-banks": ("infini", {"memory_heads": 2, "num_memory_banks": 3}),
+    "infini-joint-banks": ("infini", {"mix": "joint", "num_memory_banks": 2, "segments_per_bank": 1}),
+}
+MEMORY_OPTIONS = [name for name, (kind, _) in OPTIONS.items() if kind != "pythia"]
+
+
+def build(name: str, *, dim: int = DIM, mlp_dim: int = MLP_DIM, **changes: Any) -> Layer:
+    """Return a layer with every parameter random, gates and biases too, so that nothing is hidden by a zero."""
+    kind, options = OPTIONS[name]
+    module = importlib.import_module(f"newllm.layers.{kind}")
+    schema = next(
+        value
+        for key, value in vars(module).items()
+        if key.endswith("Config") and getattr(value, "__module__", "") == module.__name__
+    )
+    layer = layer_class(kind)(dim, NUM_HEADS, mlp_dim, schema(kind=kind, **{**DEFAULTS[kind], **options, **changes}))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in layer.parameters():
+        parameter.data = parameter.data + 0.4 * torch.randn(parameter.shape, generator=generator)
+    return layer
+
+
+def texts(batch_size: int, length: int, *, dim: int = DIM, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Return random hidden states [B, T, D]."""
+    return torch.randn(batch_size, length, dim, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def empty(layer: Layer, batch_size: int, dtype: torch.dtype = torch.float32) -> Any:
+    """Return the layer's empty state."""
+    return layer.initial_state(batch_size, device=torch.device("cpu"), dtype=dtype)
+
+
+def in_calls(layer: Layer, hidden: Tensor, lengths: Iterable[int], state: Any = None) -> tuple[Tensor, Any]:
+    """Return the layer's output over calls of the given lengths, in tokens, the state carried, and the last state."""
+    state = empty(layer, hidden.shape[0], hidden.dtype) if state is None else state
+    outputs = []
+    for call in hidden.split(list(lengths), dim=1):
+        output, state = layer(call, state)
+        outputs.append(output)
+    return torch.cat(outputs, dim=1), state

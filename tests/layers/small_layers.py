@@ -49,10 +49,13 @@ def build(name: str, *, dim: int = DIM, mlp_dim: int = MLP_DIM, **changes: Any) 
         for key, value in vars(module).items()
         if key.endswith("Config") and getattr(value, "__module__", "") == module.__name__
     )
-    layer = layer_class(kind)(dim, NUM_HEADS, mlp_dim, schema(kind=kind, **{**DEFAULTS[kind], **options, **changes}))
-    generator = torch.Generator().manual_seed(1)
-    for parameter in layer.parameters():
-        parameter.data = parameter.data + 0.4 * torch.randn(parameter.shape, generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        layer = layer_class(kind)(
+            dim, NUM_HEADS, mlp_dim, schema(kind=kind, **{**DEFAULTS[kind], **options, **changes})
+        )
+        for parameter in layer.parameters():
+            parameter.data = parameter.data + 0.4 * torch.randn(parameter.shape)
     return layer
 
 

@@ -154,7 +154,7 @@ def test_thawed_banks_are_written_again():
 
 
 def test_freezing_an_unknown_bank_names_the_banks_that_exist():
-    with pytest.raises(ValueError, match="bank 3: does not exist. Allowed: 0 to 2"):
+    with pytest.raises(ValueError, match=r"bank 3: does not exist\. Allowed: 0 to 2"):
         empty(build("infini-heads-banks"), 1).freeze([3])
 
 

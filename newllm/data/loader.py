@@ -1,0 +1,128 @@
+"""Which samples come in which batch, and a loader that continues where it stopped.
+
+The order of an epoch is a function of (seed, epoch) alone, so two numbers, epoch and batches done, are the whole
+position: they survive any number of resumptions and a changed number of loader processes.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from newllm.data.prepared import Batch, Samples
+
+
+class EpochBatches:
+    """Batches of sample ids, epoch after epoch; each sample once in each epoch, the last batch may be smaller.
+
+    With several ranks each owns the samples `rank, rank + world_size, ...` for good, so that what is kept for a sample
+    stays on one device; the few samples that would make ranks unequal are left out.
+
+    Args:
+        num_samples: samples of all ranks together.
+        batch_size: samples of a batch.
+        seed: of the order; unused without shuffle.
+        shuffle: a new order in each epoch.
+    """
+
+    def __init__(
+        self, num_samples: int, batch_size: int, *, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.own_samples = np.arange(rank, num_samples - num_samples % world_size, world_size)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.epoch = 0  # the epoch in which the next iterator begins
+        self.batches_done = 0  # batches of that epoch it leaves out
+
+    def __len__(self) -> int:
+        return -(-len(self.own_samples) // self.batch_size)
+
+    def __iter__(self) -> "EpochIterator":
+        return EpochIterator(self)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the sample ids of an epoch in their order."""
+        if not self.shuffle:
+            return self.own_samples
+        return np.random.default_rng((self.seed, epoch, self.rank)).permutation(self.own_samples)
+
+
+class EpochIterator(Iterator[list[int]]):
+    """The rest of one epoch. Its state is read by the loader together with each batch that it hands out."""
+
+    def __init__(self, batches: EpochBatches) -> None:
+        self.batches = batches
+        self.epoch = batches.epoch
+        self.batches_done = batches.batches_done
+        self.order = batches.order(self.epoch)
+        batches.batches_done = 0
+
+    def __next__(self) -> list[int]:
+        start = self.batches_done * self.batches.batch_size
+        if start >= len(self.order):
+            raise StopIteration
+        self.batches_done += 1
+        if self.batches_done == len(self.batches):
+            # Told now, not when asked once more: Lightning counts batches and never asks after the last.
+            self.batches.epoch = self.epoch + 1
+        return [int(sample_id) for sample_id in self.order[start : start + self.batches.batch_size]]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "batches_done": self.batches_done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.batches_done = state["epoch"], state["batches_done"]
+        self.order = self.batches.order(self.epoch)
+
+
+class PositionLoader(StatefulDataLoader):
+    """A StatefulDataLoader over EpochBatches whose state is the position alone.
+
+    The state of its base class names the number of loader processes and refuses another.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return epoch, batches done in it, and batches in an epoch."""
+        state = super().state_dict()
+        main = state["_snapshot"]["_main_snapshot"] if "_snapshot" in state else state
+        return {**main["_sampler_iter_state"], "num_batches": len(self.batch_sampler)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue after the batch at which the state was taken.
+
+        Raises:
+            ValueError: the state comes from another number of batches.
+        """
+        num_batches = len(self.batch_sampler)
+        if state_dict["num_batches"] != num_batches:
+            raise ValueError(
+                f"resume: the data position counts {state_dict['num_batches']} batches in an epoch, this run has "
+                f"{num_batches}. Allowed: the same data and batch size. Resume with the run's own configuration."
+            )
+        is_finished = state_dict["batches_done"] >= num_batches
+        self.batch_sampler.epoch = state_dict["epoch"] + is_finished
+        self.batch_sampler.batches_done = 0 if is_finished else state_dict["batches_done"]
+        super().load_state_dict({})
+
+
+def make_loader(samples: Samples, batches: EpochBatches, *, num_workers: int, pin_memory: bool) -> PositionLoader:
+    """Return a loader that fetches a whole batch at once."""
+    return PositionLoader(
+        samples,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+        collate_fn=_as_fetched,
+        # Its own generator: the base class draws a seed for each iterator, out of torch's global one by default, and a
+        # resumed run makes one iterator more.
+        generator=torch.Generator().manual_seed(batches.seed),
+    )
+
+
+def _as_fetched(batch: Batch) -> Batch:
+    return batch

@@ -1,0 +1,165 @@
+"""The data of a run, as Lightning and everything else asks for it."""
+
+import importlib
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+
+from newllm.config.schema import DataConfig, TokenizerConfig, TrainConfig
+from newllm.data.compression import compressed_bits_per_byte
+from newllm.data.loader import EpochBatches, PositionLoader, make_loader
+from newllm.data.prepared import PreparedData, Samples
+from newllm.data.tokenizer import Tokenizer
+
+
+class TextDataModule(LightningDataModule):
+    """Loaders of one source, and the facts about it. Everything but prepare() needs prepare() to have run.
+
+    Args:
+        data: the source; newllm/data/<kind>.py prepares it.
+        tokenizer: how its text becomes ids.
+        seed: of the order of training samples.
+    """
+
+    def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, *, seed: int) -> None:
+        super().__init__()
+        self.data_config = data
+        self.tokenizer_config = tokenizer
+        self.seed = seed
+        self._prepared: PreparedData | None = None
+
+    def prepare(self) -> None:
+        """Read, tokenise or open the cache; the second call does nothing.
+
+        Raises:
+            ValueError: whatever is wrong with the data, in words for the user.
+        """
+        if self._prepared is None:
+            source = importlib.import_module(f"newllm.data.{self.data_config.kind}")
+            self._prepared = source.prepare(self.data_config, self.tokenizer_config)
+
+    def prepare_data(self) -> None:
+        self.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        self.prepare()
+
+    @property
+    def prepared(self) -> PreparedData:
+        assert self._prepared is not None, "the data are asked for something before prepare() was called"
+        return self._prepared
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer; None where samples are generated as ids."""
+        return self.prepared.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self.prepared.vocab_size
+
+    @property
+    def token_bytes(self) -> Tensor:
+        """UTF-8 bytes of each token [V], int64; 0 for EOS and where there is no text."""
+        return torch.from_numpy(self.prepared.token_bytes)
+
+    @property
+    def targets_are_next_tokens(self) -> bool:
+        """False where a label is another token than the one after its input."""
+        return self.prepared.targets_are_next_tokens
+
+    @property
+    def num_train_samples(self) -> int:
+        return len(self.prepared.train)
+
+    @property
+    def num_validation_samples(self) -> int:
+        return len(self.prepared.validation)
+
+    @property
+    def num_test_samples(self) -> int:
+        return len(self.prepared.test)
+
+    @property
+    def train_document_hashes(self) -> frozenset[str]:
+        return self.prepared.train_document_hashes
+
+    @property
+    def validation_document_hashes(self) -> frozenset[str]:
+        return self.prepared.validation_document_hashes
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all samples; equal fingerprints mean equal batches."""
+        return self.prepared.fingerprint
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What run.json records of the data."""
+        return {**self.prepared.facts, "fingerprint": self.fingerprint}
+
+    def compression_bits_per_byte(self) -> dict[str, float] | None:
+        """Return bits per byte of the validation text after `xz` (-9e) and `zstd` (-19); None where there is no text."""
+        text = self.prepared.validation_text
+        return None if text is None else compressed_bits_per_byte(text())
+
+    def train_dataloader(self) -> PositionLoader:
+        config = self.data_config
+        return self._loader(
+            self.prepared.train,
+            config.batch_size,
+            num_workers=config.num_workers,
+            seed=self.seed,
+            shuffle=config.shuffle,
+        )
+
+    def val_dataloader(self) -> PositionLoader:
+        return self._held_out_loader(self.prepared.validation)
+
+    def test_dataloader(self) -> PositionLoader:
+        """Return the loader of the test split.
+
+        Raises:
+            ValueError: the test text is shorter than a block.
+        """
+        if self.num_test_samples == 0:
+            raise ValueError(
+                f"data.test_share={self.data_config.test_share}: the test text gives no block. "
+                "Allowed: a share that holds at least one. Raise data.test_share or give more text."
+            )
+        return self._held_out_loader(self.prepared.test)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to continue on other data.
+
+        Raises:
+            ValueError: the samples are not those the checkpoint was trained on.
+        """
+        if state_dict["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"resume: the data have fingerprint {self.fingerprint[:12]}, the checkpoint's had "
+                f"{state_dict['fingerprint'][:12]}. Allowed: the same texts and tokenizer. Restore them or start anew."
+            )
+
+    def _held_out_loader(self, samples: Samples) -> PositionLoader:
+        # In the main process: to fetch these few batches costs less than to start loader processes for them.
+        return self._loader(samples, self.data_config.eval_batch_size, num_workers=0, seed=self.seed, shuffle=False)
+
+    def _loader(
+        self, samples: Samples, batch_size: int, *, num_workers: int, seed: int, shuffle: bool
+    ) -> PositionLoader:
+        ranks = (
+            {} if self.trainer is None else {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        )
+        batches = EpochBatches(len(samples), batch_size, seed=seed, shuffle=shuffle, **ranks)
+        return make_loader(samples, batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
+
+
+def build_data(config: TrainConfig) -> TextDataModule:
+    """Return the data module of a run, not yet prepared."""
+    return TextDataModule(config.data, config.tokenizer, seed=config.seed)

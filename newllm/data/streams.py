@@ -1,0 +1,90 @@
+"""Documents to streams of ids on disk: each split one file, EOS after each document."""
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from newllm.config.schema import TokenizerConfig
+from newllm.data.document import Document, Source, read_source
+from newllm.data.split_rule import SplitRule
+from newllm.data.token_cache import CachedFolder, open_or_build
+from newllm.data.tokenizer import Tokenizer
+from newllm.data.tokenizer_kinds import describe_training, ready_tokenizer, train_tokenizer
+
+SPLITS = ("train", "validation", "test")
+TOKENIZE_CHARACTERS = 1 << 23  # texts tokenised at once: enough to keep all threads busy, little enough to hold
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def open_streams(source: Source, rule: SplitRule, config: TokenizerConfig, *, cache_dir: str) -> CachedFolder:
+    """Return the cached streams `train.bin`, `validation.bin`, `test.bin` and the tokenizer of a source.
+
+    Its meta holds: dtype, vocab_size, skipped (by reason), rule (words), tokenize_seconds, and for each split the
+    documents in order, each with id, hash, bytes and tokens.
+    """
+    tokenizer = ready_tokenizer(config)
+    described = describe_training(config) if tokenizer is None else _describe(tokenizer)
+    key = {"source": source.signature, "split": rule.signature, "tokenizer": described}
+    return open_or_build(cache_dir, key, partial(_build, source, rule, config, tokenizer))
+
+
+def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"json": tokenizer.to_json(), "vocab_size": tokenizer.vocab_size}
+
+
+def _build(
+    source: Source, rule: SplitRule, config: TokenizerConfig, tokenizer: Tokenizer | None, folder: Path
+) -> dict[str, Any]:
+    """Write the streams and the tokenizer into the folder; a tokenizer that must be trained sees training text only."""
+    reading = read_source(source)
+    split = rule.apply(reading.documents)
+    if tokenizer is None:
+        tokenizer = train_tokenizer(config, (document.text for document in split.train))
+    tokenizer.save(folder / TOKENIZER_FILE)
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    start = time.perf_counter()
+    documents = {
+        name: write_stream(folder / f"{name}.bin", part, tokenizer, dtype)
+        for name, part in zip(SPLITS, (split.train, split.validation, split.test), strict=True)
+    }
+    return {
+        "dtype": dtype.name,
+        "vocab_size": tokenizer.vocab_size,
+        "skipped": reading.skipped,
+        "rule": split.rule,
+        "tokenize_seconds": time.perf_counter() - start,
+        "documents": documents,
+    }
+
+
+def write_stream(path: Path, documents: list[Document], tokenizer: Tokenizer, dtype: np.dtype) -> list[dict[str, Any]]:
+    """Write the ids of the documents, EOS after each, and return what is recorded of them."""
+    rows = []
+    with path.open("wb") as file:
+        for group in _groups(documents):
+            for document, ids in zip(group, tokenizer.encode_batch([d.text for d in group]), strict=True):
+                np.append(ids, tokenizer.eos_id).astype(dtype).tofile(file)
+                rows.append(_record(document, num_tokens=len(ids) + 1))
+    return rows
+
+
+def _record(document: Document, *, num_tokens: int) -> dict[str, Any]:
+    return {"id": document.id, "hash": document.text_hash, "bytes": document.num_bytes, "tokens": num_tokens}
+
+
+def _groups(documents: list[Document]) -> Iterator[list[Document]]:
+    """Yield consecutive documents that together are about TOKENIZE_CHARACTERS long."""
+    group: list[Document] = []
+    num_characters = 0
+    for document in documents:
+        group.append(document)
+        num_characters += len(document.text)
+        if num_characters >= TOKENIZE_CHARACTERS:
+            yield group
+            group, num_characters = [], 0
+    if group:
+        yield group

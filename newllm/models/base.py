@@ -31,13 +31,15 @@ class ModelOutput:
 class LanguageModel(nn.Module, ABC):
     """A causal language model whose state is a value.
 
-    A subclass sets `vocab_size`, `dim` and `has_feedback` and writes `initial_state`, `encode`, `logits` and the two cost formulas.
+    A subclass sets `vocab_size`, `dim`, `has_feedback` and, where several parameter names stand for one tensor, `tied_parameters`
+    (groups of names); it writes `initial_state`, `encode`, `logits` and the two cost formulas.
     In any chunking, token by token included, with the state carried, the result is that of one pass.
     """
 
     vocab_size: int
     dim: int
     has_feedback: bool = False
+    tied_parameters: tuple[tuple[str, ...], ...] = ()
 
     @abstractmethod
     def initial_state(

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import torch
 
-from newllm.config.compose import config_from_plain
+from newllm.config.compose import read_config
 from newllm.config.schema import TrainConfig
+from newllm.config.typed import real_config
 from newllm.data.module import TextDataModule, build_data
 from newllm.models.base import LanguageModel
 from newllm.models.create import build_model
@@ -103,7 +104,7 @@ def load_run(folder: str | Path, checkpoint: CheckpointName = "best") -> LoadedR
         ValueError: no run there, no checkpoint, or a damaged one.
     """
     record = read_run(folder)
-    config = config_from_plain(record.config)
+    config = real_config(read_config(record.folder / "config.yaml"))
     contents = read_checkpoint(checkpoint_path(record.folder, checkpoint))
     weights = {
         name.removeprefix("model."): tensor

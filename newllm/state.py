@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from newllm.whole_file import whole_file
 
 FORMAT_VERSION = "1"
 
@@ -86,17 +87,15 @@ class State:
             path: file to write.
             metadata: further strings for the header, for instance the fingerprint of the model the state belongs to.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save as serialize
 
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         header = {"format": FORMAT_VERSION, "kind": type(self).__name__, **(metadata or {})}
-        try:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors_of(self).items()}
-            save_file(tensors, partial, metadata=header)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        tensors = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors_of(self).items()
+        }
+        with whole_file(Path(path)) as file:
+            file.write(serialize(tensors, metadata=header))
 
     def load(self, path: str | Path) -> Self:
         """Return the state that `save` wrote, with the structure of this one (for instance a model's `initial_state`).

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-import json
 from typing import Any
 
 import torch
 
-from newllm.config.compose import compose
+from newllm.config.compose import compose_model
 from newllm.config.schema import TrainConfig
 from newllm.models.base import LanguageModel
 
@@ -38,16 +36,9 @@ def create_model(
     Raises:
         ValueError: an unknown name, key or value; the message lists what is allowed.
     """
-    config = compose([f"model={name}", f"size={size}", *(_override(name, size, *item) for item in keys.items())])
+    config = compose_model(name, size=size, keys=keys)
     if seed is None:
         return build_model(config, vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_model(config, vocab_size)
-
-
-def _override(name: str, size: str, key: str, value: Any) -> str:
-    """Keyword to command-line override: a key of the model if it has one of that name, else of the layers."""
-    model = compose([f"model={name}", f"size={size}"]).model
-    group = "model" if key in {field.name for field in dataclasses.fields(model)} else "layers"
-    return f"{group}.{key}={value if isinstance(value, str) else json.dumps(value)}"

@@ -45,6 +45,16 @@ class TrainingModule(lightning.LightningModule):
         self.log("train/loss", loss.detach(), batch_size=batch["input_ids"].shape[0])
         return loss
 
+    def probe(self, batch: Batch) -> dict[str, float]:
+        """Return what is worth knowing every so often of the states that the next step on this batch starts from."""
+        gates = [parameter for name, parameter in self.model.named_parameters() if name.endswith("memory_gate")]
+        measured = {"memory/state_bytes": float(self.model.state_bytes(batch["input_ids"].shape[1]))}
+        if gates:
+            measured["memory/gate_mean"] = (
+                torch.cat([gate.detach().sigmoid().flatten() for gate in gates]).mean().item()
+            )
+        return measured
+
     def on_validation_epoch_start(self) -> None:
         self.scores = {}
 

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 AUTO_REFERENCE_SWEEPS = 8
 AUTO_COSINE = 0.95
+# The exact states of a probe are made position by position: a few rows tell as much as a batch.
+PROBE_ROWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,7 @@ class LctModule(TrainingModule):
         super().__init__(model, loss, config, token_bytes)
         self.options: LctConfig = config.trainer  # type: ignore[assignment]  # the schema of trainer=lct
         self.sweeps = 1 if self.options.sweeps == "auto" else self.options.sweeps
+        self._auto_batch: Batch | None = None
         self.cache: LaggedCache | None = None
         if self.options.cache != "none":
             self.cache = LaggedCache(
@@ -107,18 +110,42 @@ class LctModule(TrainingModule):
             states[rows] = self._first_states(input_ids[rows], zeros[rows])
         return states
 
-    def report_lag(self, batch: Batch) -> dict[str, Any]:
-        """Return lag statistics of the states that the next step on this batch starts from, for at most 8 of its samples."""
-        probe = {name: tensor[:8] for name, tensor in batch.items()}
-        lagged = self.lagged_states(probe)
-        report = lag_statistics(self.model, probe["input_ids"], lagged)
-        few = {name: tensor[:2] for name, tensor in batch.items()}
-        report["gradient_cosine"] = self._cosine(few, lagged[:2], self.sweeps, reference=32)
-        return report
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        self._auto_batch = {name: tensor[:PROBE_ROWS] for name, tensor in batch.items()}
+        return super().training_step(batch, batch_index)
 
-    def raise_sweeps(self, batch: Batch) -> None:
-        """For sweeps=auto: raise K until the gradient's cosine to that of 8 sweeps is high enough, and say which K it is."""
-        probe = {name: tensor[:8] for name, tensor in batch.items()}
+    def probe(self, batch: Batch) -> dict[str, float]:
+        """Return also the lag of the cached states before they are used, and what it does to the gradient.
+
+        `lag/relative_error` and its mean over each quarter of the positions, `lag/sweeps_to_tolerance` (1e-4), `lag/contraction`,
+        `lag/gradient_cosine` between the K sweeps in use and 32; on at most 8 samples of the batch, the cosine on 2.
+        """
+        few = {name: tensor[:PROBE_ROWS] for name, tensor in batch.items()}
+        lagged = self.lagged_states(few)
+        lag = lag_statistics(self.model, few["input_ids"], lagged)
+        two = {name: tensor[:2] for name, tensor in few.items()}
+        measured = super().probe(batch) | {
+            "lag/relative_error": lag["relative_error"],
+            "lag/relative_error_max": lag["relative_error_max"],
+            "lag/sweeps_to_tolerance": float(lag["sweeps_to_tolerance"]),
+            "lag/gradient_cosine": self._cosine(two, lagged[:2], self.sweeps, reference=32),
+            "lag/sweeps": float(self.sweeps),
+        }
+        for quarter, errors in enumerate(lag["relative_error_by_position"].chunk(4), start=1):
+            measured[f"lag/relative_error_quarter_{quarter}"] = errors.mean().item()
+        if lag["contraction"] is not None:
+            measured["lag/contraction"] = lag["contraction"]
+        return measured
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.options.sweeps == "auto" and self._auto_batch is not None:
+            # Validation runs in inference mode, whose tensors carry no gradient.
+            with torch.inference_mode(False):
+                self._raise_sweeps(self._auto_batch)
+
+    def _raise_sweeps(self, probe: Batch) -> None:
+        """Raise K until the gradient's cosine to that of 8 sweeps is high enough, and say which K it is."""
         lagged = self.lagged_states(probe)
         while self.sweeps < AUTO_REFERENCE_SWEEPS:
             cosine = self._cosine(probe, lagged, self.sweeps, reference=AUTO_REFERENCE_SWEEPS)

@@ -1,0 +1,38 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# CI also runs the long tests; a developer asks for them with SLOW=1.
+MARKS := $(if $(or $(CI),$(SLOW)),not gpu,not slow and not gpu)
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help setup demo test lint bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/.installed ## create .venv and install newllm with its development tools
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("newllm needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup ## train the main job on the embedded corpus (two minutes), then evaluate it
+	$(BIN)/python train.py experiment=first_run
+
+test: setup ## run the tests (SLOW=1 adds the long ones)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q -m "$(MARKS)"
+
+lint: setup ## check format, lint, spelling and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/codespell README.md CONTRIBUTING.md docs conf newllm tests bench train.py evaluate.py
+	$(BIN)/mypy newllm
+
+bench: setup ## measure speed side by side, write bench/results and docs/benchmarks.md
+	$(BIN)/python -m bench
+
+clean: ## remove runs, caches and the environment
+	rm -rf outputs .cache $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -55,6 +55,7 @@ class LanguageModel(nn.Module, ABC):
         *,
         previous_hidden: Tensor | None = None,
         update_memory: bool = True,
+        use_feedback: bool = True,
     ) -> ModelOutput:
         """Return hidden states and the next state in one parallel pass; logits are None.
 
@@ -63,6 +64,7 @@ class LanguageModel(nn.Module, ABC):
             state: what `initial_state` or the previous call returned.
             previous_hidden: for feedback models, the state of the position before each position [B, T, D].
             update_memory: write memories; False reads them only.
+            use_feedback: False leaves the fed-back term out, to measure what it is worth; for feedback models.
         """
 
     @abstractmethod

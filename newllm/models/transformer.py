@@ -80,7 +80,7 @@ class TransformerLM(LanguageModel):
         self.head = nn.Linear(dim, vocab_size, bias=False)
         self.feedback = None if feedback == "none" else Feedback(dim, feedback)
         self.has_feedback = self.feedback is not None
-        self.apply(_initialise)
+        self.apply(initialise)
         if self.feedback is not None:
             self.feedback.start_at_zero()
 
@@ -100,9 +100,10 @@ class TransformerLM(LanguageModel):
         *,
         previous_hidden: Tensor | None = None,
         update_memory: bool = True,
+        use_feedback: bool = True,
     ) -> ModelOutput:
         hidden = self.embedding(input_ids)
-        if self.feedback is not None:
+        if self.feedback is not None and use_feedback:
             assert previous_hidden is not None, "encode is one sweep: a feedback model needs the previous states"
             hidden = self.feedback(hidden, previous_hidden)
         states = []
@@ -133,7 +134,8 @@ class TransformerLM(LanguageModel):
         return list(self.layers)  # type: ignore[arg-type]  # ModuleList forgets what it holds
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
+    """Draw weights from N(0, 0.02) and set biases to zero; for `Module.apply`."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:

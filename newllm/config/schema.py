@@ -33,6 +33,11 @@ class ModelConfig(GroupConfig):
         """Whether the model's last hidden state enters the next position: what recurrent trainers need."""
         return getattr(self, "feedback", "none") != "none"
 
+    @property
+    def needs_trainer(self) -> str | None:
+        """The only kind of trainer that trains all of the model; None where any fitting one does."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig(GroupConfig):

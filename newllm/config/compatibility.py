@@ -1,0 +1,109 @@
+"""Which model, trainer, loss and data go together, and what no single group can check alone."""
+
+from collections.abc import Collection
+from dataclasses import fields
+
+from newllm.config.problems import listed
+from newllm.config.schema import GroupConfig, TrainConfig
+
+
+def check_model(config: TrainConfig) -> list[str]:
+    """Return what is wrong between the model and its layers."""
+    return [*config.model.check(config), *config.layers.check(config)]
+
+
+def check_run(config: TrainConfig, given: Collection[str] = ()) -> list[str]:
+    """Return every rule between two groups that the configuration breaks.
+
+    Args:
+        given: keys and groups the user set; what would have no effect is refused only where it was asked for.
+    """
+    groups = [getattr(config, field.name) for field in fields(config)]
+    own = [problem for group in groups if isinstance(group, GroupConfig) for problem in group.check(config)]
+    evaluations = [problem for evaluation in config.evaluation.values() for problem in evaluation.check(config)]
+    return [
+        *own,
+        *evaluations,
+        *_model_with_trainer(config),
+        *_trainer_with_loss(config),
+        *_data_with_tokenizer(config, given),
+        *_shares(config),
+        *_steps(config),
+        *_root(config),
+    ]
+
+
+def _model_with_trainer(config: TrainConfig) -> list[str]:
+    trainer, model = config.trainer, config.model
+    feedback = getattr(model, "feedback", "none")
+    if trainer.needs_feedback and not model.has_feedback:
+        return [
+            f"trainer={trainer.kind}: trains a recurrence, model.feedback={feedback} has none. "
+            "Allowed with this trainer: model.feedback=additive, model.feedback=gated. "
+            "Leave model.feedback to the trainer or choose trainer=standard."
+        ]
+    if model.needs_trainer not in (None, trainer.kind):
+        return [
+            f"trainer={trainer.kind}: does not train all of this model={model.kind}. "
+            f"Allowed with it: {model.needs_trainer}. Choose trainer={model.needs_trainer}."
+        ]
+    if model.has_feedback and not trainer.allows_feedback:
+        return [
+            f"model.feedback={feedback}: is a recurrence, which trainer={trainer.kind} cannot train. "
+            "Allowed with this trainer: model.feedback=none. Choose trainer=lct or trainer=sequential."
+        ]
+    return []
+
+
+def _trainer_with_loss(config: TrainConfig) -> list[str]:
+    trainer, loss = config.trainer, config.loss
+    if loss.kind in trainer.losses:
+        return []
+    return [
+        f"loss={loss.kind}: trainer={trainer.kind} cannot minimise it. "
+        f"Allowed with this trainer: {listed(trainer.losses)}. Choose another loss or trainer."
+    ]
+
+
+def _data_with_tokenizer(config: TrainConfig, given: Collection[str]) -> list[str]:
+    asked = [key for key in given if key == "tokenizer" or key.startswith("tokenizer.")]
+    if config.data.needs_tokenizer or not asked:
+        return []
+    return [
+        f"{sorted(asked)[0]}: data={config.data.kind} gives token ids, not text. "
+        "Allowed with this data: no choice of tokenizer. Leave it out or choose another data."
+    ]
+
+
+def _shares(config: TrainConfig) -> list[str]:
+    data = config.data
+    if data.validation_share + data.test_share < 1:
+        return []
+    return [
+        f"data.validation_share={data.validation_share:g}: with data.test_share={data.test_share:g} leaves nothing to "
+        "train on. Allowed: a sum below 1. Lower one of them."
+    ]
+
+
+def _steps(config: TrainConfig) -> list[str]:
+    steps, problems = config.trainer.max_steps, []
+    if config.schedule.warmup_steps > steps:
+        problems.append(
+            f"schedule.warmup_steps={config.schedule.warmup_steps}: is more than trainer.max_steps={steps}. "
+            f"Allowed: 0 to {steps}. Lower it or train longer."
+        )
+    if config.trainer.validate_every_steps > steps:
+        problems.append(
+            f"trainer.validate_every_steps={config.trainer.validate_every_steps}: is more than "
+            f"trainer.max_steps={steps}: the run would never be validated. Allowed: 1 to {steps}. Lower it or train longer."
+        )
+    return problems
+
+
+def _root(config: TrainConfig) -> list[str]:
+    if config.name.strip() and not set(config.name) & set('/\\:*?"<>|') and config.name not in (".", ".."):
+        return []
+    return [
+        f"name={config.name or repr('')}: cannot name a folder. "
+        'Allowed: letters, digits, and other signs except / \\ : * ? " < > |. Choose another name.'
+    ]

@@ -28,6 +28,27 @@ class Layer(nn.Module, ABC):
             update_memory: write memories; False reads them only.
         """
 
+    def forward_level(
+        self, hidden: Tensor, state: Any, shown: State | None, *, update_memory: bool = True
+    ) -> tuple[Tensor, Any, State | None]:
+        """Return hidden states, the next state, and what the same tokens' slots of higher levels may read of this one.
+
+        For models that run a stack several times per token (models/selective.py). Here a level sees itself only: a layer that keeps
+        sums and no single tokens has one memory per level, and lower levels reach a higher one by the residual stream.
+
+        Args:
+            hidden: input of this level [B, T, D].
+            state: this level's state.
+            shown: what the level below returned for these tokens; None at the lowest.
+            update_memory: write memories; False reads them only.
+        """
+        hidden, next_state = self(hidden, state, update_memory=update_memory)
+        return hidden, next_state, None
+
+    def level_flops_per_token(self, length: int, num_below: int) -> float:
+        """Return `flops_per_token` of a level that reads what `num_below` lower levels show."""
+        return self.flops_per_token(length)
+
     @abstractmethod
     def flops_per_token(self, length: int) -> float:
         """Return the forward pass's matrix FLOPs per token of a text of `length` tokens read from its start."""

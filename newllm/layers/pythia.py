@@ -39,6 +39,14 @@ class PythiaState(State):
     lengths: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class PythiaLevels(State):
+    """A level's state beside the keys and values [B, n*H, L, d] of n levels: of every token in reach, those of the call included."""
+
+    own: PythiaState
+    shown: PythiaState
+
+
 class PythiaLayer(Layer):
     """y = x + Attention(LN1 x) + MLP(LN2 x), fused query-key-value projection with bias, weights laid out as GPT-NeoX has them.
 
@@ -66,8 +74,23 @@ class PythiaLayer(Layer):
         return PythiaState(empty, empty, (0,) * batch_size)
 
     def forward(self, hidden: Tensor, state: PythiaState, *, update_memory: bool = True) -> tuple[Tensor, PythiaState]:
-        attended, next_state = by_groups(self._attend, self.attention_norm(hidden), state, state.lengths)
-        return hidden + attended + self.mlp(self.mlp_norm(hidden)), next_state
+        hidden, next_state, _ = self.forward_level(hidden, state, None, update_memory=update_memory)
+        return hidden, next_state
+
+    def forward_level(
+        self, hidden: Tensor, state: PythiaState, shown: State | None, *, update_memory: bool = True
+    ) -> tuple[Tensor, PythiaState, PythiaState]:
+        """Attend to this level's tokens and to those that lower levels show, at positions up to the own; show both upwards."""
+        if shown is None:
+            nothing = hidden.new_zeros(hidden.shape[0], 0, 0, self.head_dim)
+            shown = PythiaState(nothing, nothing, state.lengths)
+        assert isinstance(shown, PythiaState), "a layer is shown what the same layer returned a level below"
+        levels = PythiaLevels(state, shown)
+        attended, levels = by_groups(self._attend, self.attention_norm(hidden), levels, state.lengths)
+        return hidden + attended + self.mlp(self.mlp_norm(hidden)), levels.own, levels.shown
+
+    def level_flops_per_token(self, length: int, num_below: int) -> float:
+        return self.flops_per_token(length) + num_below * 4 * length * self.num_heads * self.head_dim
 
     def flops_per_token(self, length: int) -> float:
         projections = 2 * (self.query_key_value.weight.numel() + self.output.weight.numel())
@@ -80,31 +103,46 @@ class PythiaLayer(Layer):
     def _kept(self, length: int) -> int:
         return length if self.window is None else min(length, self.window - 1)
 
-    def _attend(self, normed: Tensor, state: PythiaState) -> tuple[Tensor, PythiaState]:
+    def _attend(self, normed: Tensor, levels: PythiaLevels) -> tuple[Tensor, PythiaLevels]:
         """Attention for rows that have equally many tokens in reach."""
         batch_size, length = normed.shape[:2]
-        past = state.lengths[0]
+        past = levels.own.lengths[0]
         fused = self.query_key_value(normed).unflatten(-1, (self.num_heads, 3 * self.head_dim)).transpose(1, 2)
         queries, keys, values = fused.chunk(3, dim=-1)  # [B, T, 3*D] -> 3 x [B, H, T, d]
         if past > 0:
-            keys = torch.cat([state.keys[:, :, -past:].to(keys.dtype), keys], dim=2)
-            values = torch.cat([state.values[:, :, -past:].to(values.dtype), values], dim=2)
+            keys = torch.cat([levels.own.keys[:, :, -past:].to(keys.dtype), keys], dim=2)
+            values = torch.cat([levels.own.values[:, :, -past:].to(values.dtype), values], dim=2)
+        kept = self._kept(past + length)
+        own = PythiaState(
+            keys[:, :, keys.shape[2] - kept :], values[:, :, values.shape[2] - kept :], (kept,) * batch_size
+        )
+        num_below = levels.shown.keys.shape[1] // self.num_heads
+        if num_below > 0:
+            reach = slice(levels.shown.keys.shape[2] - keys.shape[2], None)
+            keys = torch.cat([levels.shown.keys[:, :, reach], keys], dim=1)
+            values = torch.cat([levels.shown.values[:, :, reach], values], dim=1)  # [B, (n+1)*H, L, d]
         # Keys are kept unrotated and counted from the oldest in reach: only distances matter, and rows need not agree on positions.
         turned = rotate(queries, offset=past, rotary_dim=self.rotary_dim, base=self.rotary_base)
         turned_keys = rotate(keys, offset=0, rotary_dim=self.rotary_dim, base=self.rotary_base)
         attended = nn.functional.scaled_dot_product_attention(
-            turned, turned_keys, values, **self._mask(past, length, normed.device)
+            turned,
+            self._side_by_side(turned_keys),
+            self._side_by_side(values),
+            **self._mask(past, length, num_below, normed.device),
         )
-        kept = self._kept(past + length)
-        next_state = PythiaState(
-            keys[:, :, keys.shape[2] - kept :], values[:, :, values.shape[2] - kept :], (kept,) * batch_size
-        )
-        return self.output(attended.transpose(1, 2).flatten(2)), next_state
+        shown = PythiaState(keys, values, (past + length,) * batch_size)
+        return self.output(attended.transpose(1, 2).flatten(2)), PythiaLevels(own, shown)
 
-    def _mask(self, past: int, length: int, device: torch.device) -> dict:
+    def _side_by_side(self, levels: Tensor) -> Tensor:
+        """Levels on the head axis [B, n*H, L, d] to levels one after another [B, H, n*L, d]."""
+        if levels.shape[1] == self.num_heads:
+            return levels
+        return levels.unflatten(1, (-1, self.num_heads)).transpose(1, 2).flatten(2, 3)
+
+    def _mask(self, past: int, length: int, num_below: int, device: torch.device) -> dict:
         """Arguments of the attention kernel: its causal path where that is all, no mask for one token that sees everything."""
         reaches_all = self.window is None or past + length <= self.window
-        if reaches_all and past == 0:
+        if reaches_all and past == 0 and num_below == 0:
             return {"is_causal": True}
         if reaches_all and length == 1:
             return {}
@@ -112,4 +150,4 @@ class PythiaLayer(Layer):
             past + length, device=device
         )
         is_visible = distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
-        return {"attn_mask": is_visible}
+        return {"attn_mask": is_visible.repeat(1, num_below + 1)}

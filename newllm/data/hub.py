@@ -24,7 +24,8 @@ def fetch_file(repository: str, name: str, *, key: str) -> Path:
     cached = try_to_load_from_cache(repository, name)
     if isinstance(cached, str):
         return Path(cached)
-    reason = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else ask(constants.ENDPOINT)
+    url = f"{constants.ENDPOINT}/{repository}/resolve/main/{name}"
+    reason = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else ask(url)
     if reason is None:
         try:
             return Path(hf_hub_download(repository, name, etag_timeout=QUESTION_SECONDS))
@@ -37,7 +38,7 @@ def fetch_file(repository: str, name: str, *, key: str) -> Path:
 
 
 def ask(url: str) -> str | None:
-    """Return why the address does not answer, None if it does.
+    """Return why the address does not give its file, None if it would.
 
     The question runs in a thread: looking up a host name cannot be given a time limit.
     """
@@ -48,11 +49,24 @@ def ask(url: str) -> str | None:
     return answers[0] if answers else f"no answer within {QUESTION_SECONDS:.0f} s"
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Takes a redirection as the answer: the hub redirects to where it keeps large files."""
+
+    def redirect_request(self, *arguments: object) -> None:
+        return None
+
+
 def _head(url: str) -> str | None:
+    from huggingface_hub.utils import build_hf_headers
+
+    request = urllib.request.Request(url, method="HEAD", headers=build_hf_headers())
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=QUESTION_SECONDS):
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=QUESTION_SECONDS):
             return None
-    except urllib.error.HTTPError:
-        return None  # a refusal is an answer too; the library then says why
+    except urllib.error.HTTPError as error:
+        if error.code < 400:
+            return None
+        is_gated = error.code in (401, 403)
+        return f"HTTP {error.code}" + (", it is gated or private: log in with `hf auth login`" if is_gated else "")
     except (OSError, ValueError) as error:
         return str(getattr(error, "reason", error))

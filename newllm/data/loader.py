@@ -109,6 +109,15 @@ class PositionLoader(StatefulDataLoader):
         super().load_state_dict({})
 
 
+def leave_signals_to_parent(worker: int) -> None:
+    """Make a loader process deaf to SIGTERM and Ctrl-C, which a cluster and a terminal send to all processes of a run.
+
+    The main process decides when to stop; it may need batches until its optimizer step is complete.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def make_loader(samples: Samples, batches: EpochBatches, *, num_workers: int, pin_memory: bool) -> PositionLoader:
     """Return a loader that fetches a whole batch at once."""
     return PositionLoader(
@@ -116,6 +125,7 @@ def make_loader(samples: Samples, batches: EpochBatches, *, num_workers: int, pi
         batch_sampler=batches,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        worker_init_fn=leave_signals_to_parent,
         pin_memory=pin_memory,
         collate_fn=_as_fetched,
         # Its own generator: the base class draws a seed for each iterator, out of torch's global one by default, and a

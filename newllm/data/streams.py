@@ -67,9 +67,19 @@ def write_stream(path: Path, documents: list[Document], tokenizer: Tokenizer, dt
     with path.open("wb") as file:
         for group in _groups(documents):
             for document, ids in zip(group, tokenizer.encode_batch([d.text for d in group]), strict=True):
+                _check_no_end(document, ids, tokenizer)
                 np.append(ids, tokenizer.eos_id).astype(dtype).tofile(file)
                 rows.append(_record(document, num_tokens=len(ids) + 1))
     return rows
+
+
+def _check_no_end(document: Document, ids: np.ndarray, tokenizer: Tokenizer) -> None:
+    if (ids == tokenizer.eos_id).any():
+        name = tokenizer.decode([tokenizer.eos_id])
+        raise ValueError(
+            f"{document.id}: its text holds {name}, which this tokenizer reads as the end of a text. "
+            f"Allowed: texts without {name}. Take it out, or choose tokenizer=bpe."
+        )
 
 
 def _record(document: Document, *, num_tokens: int) -> dict[str, Any]:

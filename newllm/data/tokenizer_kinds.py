@@ -1,5 +1,6 @@
 """The tokenizers a configuration can name: made ready, fetched, or trained on the training text."""
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,8 @@ from newllm.data.tokenizer import END_OF_TEXT, Tokenizer, byte_of_character, loa
 
 HUB_REPOSITORIES = {"pythia": "EleutherAI/pythia-70m", "gpt2": "openai-community/gpt2"}
 NUM_BYTES = 256
+SCORE_DIGITS = 9  # decimals of a unigram score, in nats
+NEVER = -1e6  # score of a piece that is worse than any spelling
 MAX_PIECE_BYTES = 48  # 16 characters of three bytes: a Japanese piece may be as long as SentencePiece allows
 
 
@@ -67,6 +70,8 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         backend = _byte_level(models.Unigram(), _spaced_words())
         trainer = trainers.UnigramTrainer(**settings, max_piece_length=MAX_PIECE_BYTES)
     backend.train_from_iterator(texts, trainer)
+    if config.kind == "unigram":
+        backend.model = _settled(backend)
     tokenizer = Tokenizer(backend)
     if config.kind == "unigram" and tokenizer.vocab_size < vocab_size:
         raise ValueError(
@@ -92,6 +97,16 @@ def _spaced_words() -> Any:
     """
     words = pre_tokenizers.Split(Regex(r" ?\S+"), behavior="isolated")
     return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _settled(backend: tokenizers.Tokenizer) -> Any:
+    """Return the unigram model with scores that survive saving, and with an end of text that no text can become.
+
+    The library reads numbers of many digits back with an error in the last, and gives EOS the best score of all.
+    """
+    pieces = json.loads(backend.to_str())["model"]["vocab"]
+    scores = [(piece, NEVER if piece == END_OF_TEXT else round(score, SCORE_DIGITS)) for piece, score in pieces]
+    return models.Unigram(scores, unk_id=None, byte_fallback=False)
 
 
 def _byte_backend() -> tokenizers.Tokenizer:

@@ -4,6 +4,7 @@ The order of an epoch is a function of (seed, epoch) alone, so two numbers, epoc
 position: they survive any number of resumptions and a changed number of loader processes.
 """
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 

@@ -220,7 +220,9 @@ class GuardsConfig(GroupConfig):
     max_nonfinite_steps: Natural  # steps with NaN or Inf that are skipped before the run stops
     leak_steps: Natural  # first optimizer steps in which a loss below the n-gram floor stops the run
     max_validation_gap: Annotated[float | None, Range(above=0)]  # nats of val/loss above train/loss; null: any
-    plant_nan_at_step: Natural | None  # test of the guards: the loss of this optimizer step becomes NaN
+    plant_nan_at_step: Annotated[
+        int | None, Range(minimum=1)
+    ]  # test of the guards: the loss of this optimizer step becomes NaN
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,17 +156,19 @@ def _resolved(config: DictConfig) -> tuple[dict[str, Any], list[Problem], dict[s
     problems: list[Problem] = []
     sources: dict[str, str] = {}
 
-    def raw(node: DictConfig, name: Any) -> str:
-        return shown(OmegaConf.to_container(node, resolve=False)[name])  # type: ignore[index, call-overload]
+    def raw(node: DictConfig, name: str) -> str:
+        tree: Any = OmegaConf.to_container(node, resolve=False)
+        return shown(tree[name])
 
     def read(node: Any, key: str) -> Any:
         if isinstance(node, ListConfig):
             return [read(node[index], f"{key}.{index}") for index in range(len(node))]
         if not isinstance(node, DictConfig):
             return node
-        return {str(name): entry(node, name, f"{key}.{name}" if key else str(name)) for name in node if name != "hydra"}
+        names = [str(name) for name in node if name != "hydra"]
+        return {name: entry(node, name, f"{key}.{name}" if key else name) for name in names}
 
-    def entry(node: DictConfig, name: Any, key: str) -> Any:
+    def entry(node: DictConfig, name: str, key: str) -> Any:
         if OmegaConf.is_interpolation(node, name):
             sources[key] = raw(node, name).removeprefix("${").removesuffix("}")
         try:

@@ -43,7 +43,7 @@ def options(group: str) -> list[str]:
 def description(group: str, option: str) -> str:
     """Return what the option's file says about it in its first line of comment."""
     text = (conf_folder() / group / f"{option}.yaml").read_text(encoding="utf-8")
-    lines = re.findall(r"^# ?(?!@package)(.*)$", text, flags=re.MULTILINE)
+    lines = re.findall(r"^# (?!@package)(.*)$", text, flags=re.MULTILINE)
     return lines[0] if lines else ""
 
 

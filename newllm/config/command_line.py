@@ -1,0 +1,206 @@
+"""The door of train.py and evaluate.py: every mistake of a command line is answered here, before torch is imported."""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from newllm.config.compose import examine, read_config
+from newllm.config.help_text import help_text
+from newllm.config.overrides import parse, readable
+from newllm.config.problems import ConfigError, listed
+from newllm.config.run_folder import can_resume, differences, latest_unfinished, overrides_of
+from newllm.config.schema import EvaluateConfig, TrainConfig
+from newllm.config.sweeps import examine_jobs, is_sweep
+from newllm.config.typed import build
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run that Hydra asks for.
+
+    Attributes:
+        config: TrainConfig or EvaluateConfig.
+        folder: run folder, relative where it lies below the current folder.
+        overrides: what the user typed for this run.
+    """
+
+    config: Any
+    folder: Path
+    overrides: list[str]
+
+
+def check_command_line(arguments: Sequence[str], root: str) -> list[str]:
+    """Return the arguments for Hydra, checked: what they start can be run as far as the configuration decides.
+
+    A resumed run gets the overrides it was started with. `--help` is answered here.
+
+    Args:
+        arguments: sys.argv without the program.
+        root: "train" or "evaluate".
+    Raises:
+        SystemExit: 2 after one block on stderr with every mistake, 0 after `--help`.
+    """
+    options = _options(arguments)
+    overrides = list(options.overrides)
+    if options.help:
+        print(help_text(root, [text for text in overrides if not examine([text], root)[1]]))
+        raise SystemExit(0)
+    if options.hydra_help or options.info is not None or options.shell_completion:
+        return list(arguments)
+    try:
+        overrides = _checked(overrides, root, options.multirun)
+    except ConfigError as error:
+        refuse(error.problems)
+    return [*_flags(options), *overrides]
+
+
+def refuse(problems: Sequence[str]) -> NoReturn:
+    """End with exit code 2 and one block on stderr that lists the problems."""
+    number = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    lines = [f"newllm: nothing was started, {number} found:", *(f"  - {problem}" for problem in problems)]
+    print("\n".join(lines), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def job_of(untyped: DictConfig, root: str) -> Job:
+    """Return the run that Hydra's task function is called for.
+
+    Args:
+        untyped: what Hydra composed out of a checked command line.
+        root: "train" or "evaluate".
+    """
+    hydra = HydraConfig.get()
+    schema = TrainConfig if root == "train" else EvaluateConfig
+    config, problems = build(OmegaConf.to_container(untyped, resolve=True), schema)  # type: ignore[arg-type]
+    if problems:
+        refuse([problem.text for problem in problems])
+    folder = Path(hydra.runtime.output_dir)
+    if folder.is_relative_to(Path.cwd()):
+        folder = folder.relative_to(Path.cwd())
+    if root == "train" and config.resume == "auto":  # a job of a sweep: it has one folder, whenever it starts
+        config = replace(config, resume=str(folder) if can_resume(folder) else None)
+    return Job(config, folder, list(hydra.overrides.task))
+
+
+def _options(arguments: Sequence[str]) -> Namespace:
+    parser: ArgumentParser = get_args_parser()
+
+    def error(message: str) -> NoReturn:
+        refuse([f"{' '.join(arguments)}: {message}. Allowed: key=value, group=option and the flags of --hydra-help."])
+
+    parser.error = error  # type: ignore[method-assign]  # its own prints a usage that knows no key of ours
+    options = parser.parse_intermixed_args(list(arguments))
+    for name in ("config_name", "config_path", "config_dir", "experimental_rerun"):
+        if getattr(options, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            refuse([f"{flag}: there is one configuration. Allowed: files in conf/. Add an option or experiment there."])
+    return options
+
+
+def _flags(options: Namespace) -> list[str]:
+    flags = ["--" + name for name in ("multirun", "run", "resolve") if getattr(options, name)]
+    for name in ("cfg", "package"):
+        flags += ["--" + name, getattr(options, name)] if getattr(options, name) is not None else []
+    return flags
+
+
+def _checked(overrides: list[str], root: str, multirun: bool) -> list[str]:
+    """Return the overrides as Hydra shall have them; raise ConfigError with all that is wrong."""
+    if multirun or is_sweep(overrides, root):
+        return _checked_sweep(overrides, root)
+    resume = _value(overrides, "resume") if root == "train" else None
+    if resume == "auto":
+        return _continued_or_new(overrides)
+    if resume is not None:
+        return _continued(overrides, Path(resume))
+    config = _examined(overrides, root)
+    if root == "evaluate":
+        _check_evaluated_run(config)
+    return readable(overrides, root)
+
+
+def _checked_sweep(overrides: list[str], root: str) -> list[str]:
+    if root == "evaluate":
+        raise ConfigError(
+            ["-m: one run is evaluated at a time. Allowed: evaluate.py without -m. Call it for each run."]
+        )
+    if _value(overrides, "resume") not in (None, "auto"):
+        advice = "Allowed in a sweep: resume=auto, each job in its own folder. Resume a single run without -m."
+        raise ConfigError([f"resume={_value(overrides, 'resume')}: is one folder for many jobs. {advice}"])
+    problems = examine_jobs(overrides, root)
+    if problems:
+        raise ConfigError(problems)
+    return readable(overrides, root)
+
+
+def _continued_or_new(overrides: list[str]) -> list[str]:
+    overrides = _without(overrides, ["resume"])
+    config = _examined(overrides, "train")
+    folder = latest_unfinished(config)
+    return readable(overrides if folder is None else [*overrides, _resume(folder)], "train")
+
+
+def _continued(overrides: list[str], folder: Path) -> list[str]:
+    """Return the overrides of the run in the folder, followed by the given ones."""
+    given = _without(overrides, ["resume"])
+    saved = _without(overrides_of(folder), [_key(text) for text in given])
+    overrides = [*saved, *given, _resume(folder)]
+    config = _examined(overrides, "train")
+    changed = differences(folder, config)
+    if changed:
+        raise ConfigError(changed)
+    return readable(overrides, "train")
+
+
+def _check_evaluated_run(config: EvaluateConfig) -> None:
+    """Refuse a folder without a run that can be evaluated, and measurements that do not fit its model."""
+    folder, advice = Path(config.run), "Allowed: a folder train.py printed in its last line. Name another folder."
+    if not (folder / "run.json").is_file():
+        raise ConfigError([f"run={folder}: there is no run (no run.json). {advice}"])
+    found = sorted(file.stem for file in (folder / "checkpoints").glob("*.ckpt"))
+    problems = []
+    if config.checkpoint not in found:
+        problems.append(
+            f"checkpoint={config.checkpoint}: run={folder} has no checkpoints/{config.checkpoint}.ckpt. "
+            f"Allowed: {listed(found)}. Take one of these, or train longer than trainer.checkpoint_every_steps."
+        )
+    trained = replace(read_config(folder / "config.yaml"), evaluation=config.evaluation)
+    problems += [problem for evaluation in config.evaluation.values() for problem in evaluation.check(trained)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _without(overrides: Sequence[str], keys: Sequence[str]) -> list[str]:
+    return [text for text in overrides if _key(text) not in keys]
+
+
+def _value(overrides: Sequence[str], key: str) -> Any:
+    """Return what the overrides set a key to, the last of them winning; None where they do not, or not readably."""
+    texts = [text for text in overrides if _key(text) == key]
+    try:
+        return parse(texts[-1]).value() if texts else None
+    except ValueError:
+        return None
+
+
+def _resume(folder: Path) -> str:
+    path = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    return f"resume='{path}'"
+
+
+def _examined(overrides: list[str], root: str) -> Any:
+    config, problems = examine(overrides, root)
+    if problems:
+        raise ConfigError(problems)
+    return config

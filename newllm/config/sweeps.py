@@ -1,0 +1,94 @@
+"""The jobs of a sweep, known before the first of them starts."""
+
+from collections.abc import Iterator
+from itertools import product
+from math import prod
+from typing import Any
+
+from hydra.core.override_parser.types import Override, Transformer
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from newllm.config.compose import examine
+from newllm.config.library import load, options
+from newllm.config.overrides import parse
+
+MAX_COMBINATIONS = 200
+"""Jobs that are checked one by one; of a larger sweep every value is checked, but not every combination."""
+
+
+def is_sweep(overrides: list[str], root: str) -> bool:
+    """Whether the overrides choose a sweep by themselves (an option that sets hydra.mode), without -m."""
+    return str(_hydra_setting(overrides, root, "mode")).endswith("MULTIRUN")
+
+
+def examine_jobs(overrides: list[str], root: str) -> list[str]:
+    """Return every mistake in any job of a sweep, with the jobs that have it."""
+    try:
+        choices = _choices(overrides, root)
+    except ValueError as error:
+        return [str(error)]
+    jobs = list(_jobs(choices))
+    found: dict[str, list[list[str]]] = {}
+    for job in jobs:
+        for problem in examine(job, root)[1]:
+            found.setdefault(problem, []).append(job)
+    varying = {text for texts in choices.values() if len(texts) > 1 for text in texts}
+    return [_where(problem, concerned, len(jobs), varying) for problem, concerned in found.items()]
+
+
+def _where(problem: str, concerned: list[list[str]], total: int, varying: set[str]) -> str:
+    if len(concerned) == total:
+        return problem
+    example = " ".join(text for text in concerned[0] if text in varying)
+    return f"{problem} (in {len(concerned)} of {total} jobs checked, for example {example})"
+
+
+def _choices(overrides: list[str], root: str) -> dict[str, list[str]]:
+    """Return for each key the overrides it takes in turn; what the command line says replaces what a sweep option says."""
+    parameters = _hydra_setting(overrides, root, "sweeper.params") or {}
+    choices: dict[str, list[str]] = {}
+    for text in [*(f"{key}={value}" for key, value in parameters.items()), *overrides]:
+        try:
+            override = parse(text)
+        except ValueError as error:
+            raise ValueError(f"{text}: {error}") from error
+        choices[override.get_key_element()] = _values(override, text)
+    return choices
+
+
+def _values(override: Override, text: str) -> list[str]:
+    if not override.is_sweep_override():
+        return [text]
+    key, value = override.get_key_element(), override.value()
+    if override.is_interval_sweep():
+        return [f"{key}={value.start}", f"{key}={value.end}"]  # type: ignore[union-attr]
+    if type(value).__name__ == "Glob":
+        names = value.filter(options(override.key_or_group))  # type: ignore[union-attr]
+    else:
+        names = list(override.sweep_iterator(transformer=Transformer.str))
+    if not names:
+        raise ValueError(f"{text}: gives no value at all. Allowed: at least one. Correct the range or pattern.")
+    return [f"{key}={name}" for name in names]
+
+
+def _jobs(choices: dict[str, list[str]]) -> Iterator[list[str]]:
+    if prod(len(texts) for texts in choices.values()) <= MAX_COMBINATIONS:
+        yield from map(list, product(*choices.values()))
+        return
+    first = {key: texts[0] for key, texts in choices.items()}
+    yield list(first.values())
+    for key, texts in choices.items():
+        for text in texts[1:]:
+            yield list({**first, key: text}.values())
+
+
+def _hydra_setting(overrides: list[str], root: str, key: str) -> Any:
+    """Return one of Hydra's settings as the overrides leave it; None where they cannot be composed."""
+    try:
+        plain = [text for text in overrides if not parse(text).is_sweep_override()]
+        value = OmegaConf.select(load(root, plain).hydra, key)
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return None
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

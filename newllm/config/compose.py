@@ -165,7 +165,7 @@ def _resolved(config: DictConfig) -> tuple[dict[str, Any], list[Problem], dict[s
             return [read(node[index], f"{key}.{index}") for index in range(len(node))]
         if not isinstance(node, DictConfig):
             return node
-        names = [str(name) for name in node if name != "hydra"]
+        names = [str(name) for name in node]
         return {name: entry(node, name, f"{key}.{name}" if key else name) for name in names}
 
     def entry(node: DictConfig, name: str, key: str) -> Any:

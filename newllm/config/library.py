@@ -1,14 +1,18 @@
 """What conf/ offers: groups, their options and one line about each; and its composition by Hydra."""
 
 import re
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -47,14 +51,43 @@ def description(group: str, option: str) -> str:
     return lines[0] if lines else ""
 
 
-def load(root: str, overrides: list[str], *, is_sweep: bool = False) -> DictConfig:
-    """Return the untyped, unresolved configuration that Hydra composes, with Hydra's own node.
+def load(root: str, overrides: list[str]) -> DictConfig:
+    """Return the untyped, unresolved configuration that Hydra composes, without Hydra's own node.
+
+    Hydra first composes the chosen options, then sets the given keys; the first, slow half is kept for the next call.
 
     Raises:
-        HydraException, OmegaConfBaseException: the overrides cannot be composed.
+        HydraException, OmegaConfBaseException, ValueError: the overrides cannot be composed.
     """
-    mode = RunMode.MULTIRUN if is_sweep else RunMode.RUN
-    return _loader(conf_folder()).load_configuration(root, overrides, run_mode=mode)
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    is_value = {text: _sets_key(override, root) for text, override in zip(overrides, parsed, strict=True)}
+    config = deepcopy(_chosen(conf_folder(), root, tuple(text for text in overrides if not is_value[text]))[0])
+    values = [override for text, override in zip(overrides, parsed, strict=True) if is_value[text]]
+    ConfigLoaderImpl._apply_overrides_to_config(values, config)
+    return config
+
+
+def hydra_setting(root: str, overrides: list[str], key: str) -> Any:
+    """Return one of Hydra's own settings under the same overrides, in plain containers."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    choices = tuple(text for text, override in zip(overrides, parsed, strict=True) if not _sets_key(override, root))
+    value = OmegaConf.select(_chosen(conf_folder(), root, choices)[1], key)
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _sets_key(override: Override, root: str) -> bool:
+    is_choice = override.key_or_group in chosen_by_default(root) or override.package is not None
+    return not is_choice and not override.is_hydra_override()
+
+
+@cache
+def _chosen(folder: Path, root: str, choices: tuple[str, ...]) -> tuple[DictConfig, DictConfig]:
+    """Return what the chosen options give, and Hydra's own node."""
+    config = _loader(folder).load_configuration(root, list(choices), run_mode=RunMode.RUN)
+    hydra = config.hydra
+    with open_dict(config):
+        del config["hydra"]
+    return config, hydra
 
 
 @cache

@@ -196,7 +196,7 @@ def _own_keys(group: str, option: str) -> dict[str, Any]:
 def _unresolved(config: DictConfig | ListConfig) -> dict[str, Any]:
     tree = OmegaConf.to_container(config, resolve=False)
     assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items() if key != "hydra"}
+    return {str(key): value for key, value in tree.items()}
 
 
 def _exists(key: str, tree: dict[str, Any]) -> bool:

@@ -7,11 +7,10 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override, Transformer
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from newllm.config.compose import examine
-from newllm.config.library import load, options
+from newllm.config.library import hydra_setting, options
 from newllm.config.overrides import parse
 
 MAX_COMBINATIONS = 200
@@ -88,7 +87,6 @@ def _hydra_setting(overrides: list[str], root: str, key: str) -> Any:
     """Return one of Hydra's settings as the overrides leave it; None where they cannot be composed."""
     try:
         plain = [text for text in overrides if not parse(text).is_sweep_override()]
-        value = OmegaConf.select(load(root, plain).hydra, key)
+        return hydra_setting(root, plain, key)
     except (HydraException, OmegaConfBaseException, ValueError):
         return None
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

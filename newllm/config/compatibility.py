@@ -1,10 +1,12 @@
 """Which model, trainer, loss and data go together, and what no single group can check alone."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import fields
+from typing import cast
 
+from newllm.config.kinds import kinds_of, schema_of
 from newllm.config.problems import listed
-from newllm.config.schema import GroupConfig, TrainConfig
+from newllm.config.schema import GroupConfig, TrainConfig, TrainerConfig
 
 
 def check_model(config: TrainConfig) -> list[str]:
@@ -35,33 +37,43 @@ def check_run(config: TrainConfig, given: Collection[str] = ()) -> list[str]:
 
 def _model_with_trainer(config: TrainConfig) -> list[str]:
     trainer, model = config.trainer, config.model
-    feedback = getattr(model, "feedback", "none")
-    if trainer.needs_feedback and not model.has_feedback:
-        return [
-            f"trainer={trainer.kind}: trains a recurrence, model.feedback={feedback} has none. "
-            "Allowed with this trainer: model.feedback=additive, model.feedback=gated. "
-            "Leave model.feedback to the trainer or choose trainer=standard."
-        ]
+    can_switch = hasattr(model, "feedback")
+    which = f"model.feedback={getattr(model, 'feedback', None)}" if can_switch else f"a model of kind {model.kind}"
     if model.needs_trainer not in (None, trainer.kind):
         return [
-            f"trainer={trainer.kind}: does not train all of this model={model.kind}. "
+            f"trainer={trainer.kind}: does not train all of this model (kind {model.kind}). "
             f"Allowed with it: {model.needs_trainer}. Choose trainer={model.needs_trainer}."
         ]
-    if model.has_feedback and not trainer.allows_feedback:
+    if trainer.needs_feedback and not model.has_feedback:
+        others = _trainers(lambda schema: not schema.needs_feedback)
+        advice = "Leave model.feedback to the trainer, or choose" if can_switch else "Choose"
         return [
-            f"model.feedback={feedback}: is a recurrence, which trainer={trainer.kind} cannot train. "
-            "Allowed with this trainer: model.feedback=none. Choose trainer=lct or trainer=sequential."
+            f"trainer={trainer.kind}: trains a recurrence, {which} has none. "
+            f"Allowed without one: trainer={listed(others)}. {advice} another trainer."
+        ]
+    if model.has_feedback and not trainer.allows_feedback:
+        others = _trainers(lambda schema: schema.allows_feedback)
+        return [
+            f"trainer={trainer.kind}: cannot train a recurrence, {which} is one. "
+            f"Allowed with one: trainer={listed(others)}. Choose another trainer."
         ]
     return []
+
+
+def _trainers(is_wanted: Callable[[type[TrainerConfig]], bool]) -> list[str]:
+    """Return the kinds of trainer whose schema is wanted."""
+    schemas = {kind: cast(type[TrainerConfig], schema_of(TrainerConfig, kind)) for kind in kinds_of(TrainerConfig)}
+    return [kind for kind, schema in schemas.items() if is_wanted(schema)]
 
 
 def _trainer_with_loss(config: TrainConfig) -> list[str]:
     trainer, loss = config.trainer, config.loss
     if loss.kind in trainer.losses:
         return []
+    others = _trainers(lambda schema: loss.kind in schema.losses)
     return [
-        f"loss={loss.kind}: trainer={trainer.kind} cannot minimise it. "
-        f"Allowed with this trainer: {listed(trainer.losses)}. Choose another loss or trainer."
+        f"loss={loss.kind}: trainer={trainer.kind} cannot minimise it. Allowed with this trainer: "
+        f"{listed(trainer.losses)}. Choose one of these, or a trainer for this loss: {listed(others)}."
     ]
 
 

@@ -102,7 +102,7 @@ def test_loading_a_damaged_file_says_which(tmp_path):
 def test_loading_another_structure_names_the_difference(tmp_path):
     example().parts[0].save(tmp_path / "part.safetensors")
 
-    with pytest.raises(ValueError, match="holds another structure .*matrix"):
+    with pytest.raises(ValueError, match=r"holds another structure .*matrix"):
         example().load(tmp_path / "part.safetensors")
 
 

@@ -1,8 +1,25 @@
 """Loss, perplexity, bits per byte and accuracy over every target once."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from typing import Any
 
 from newllm.config.schema import EvaluationConfig
+from newllm.evaluation.material import Material
+from newllm.evaluation.scoring import Score, score_batch
+
+# Perplexities of a real text under a vocabulary of some thousand tokens, and what they usually mean.
+BANDS = (
+    (5.0, "below 5: a leak or a mask error is likelier than a good model; stop and check"),
+    (30.0, "5 to 30: over-fitting suspected; compare train/loss and val/loss"),
+    (100.0, "30 to 100: what a small model reaches on little text"),
+    (500.0, "100 to 500: usual early in training from scratch"),
+    (1000.0, "500 to 1000: early in training"),
+    (float("inf"), "above 1000: under-trained"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,3 +27,29 @@ class PerplexityConfig(EvaluationConfig):
     """What stands beside the perplexity."""
 
     compare_compressors: bool  # bits per byte of xz -9 and zstd -19 on the same text
+
+
+def measure(material: Material, options: PerplexityConfig) -> dict[str, Any]:
+    """Return loss, perplexity, accuracy and bits per byte of the deployed function, and what they compare with.
+
+    Args:
+        material: model and text.
+        options: what stands beside the numbers.
+    Returns:
+        `loss` (nats per token), `perplexity`, `accuracy` (share of targets), `bits_per_byte`, `targets`, `bytes`; for text also
+        `unigram_bits_per_byte` (token frequencies of the training text), `xz_bits_per_byte`, `zstd_bits_per_byte` (of the
+        validation text) and `band`: what such a perplexity usually means.
+    """
+    token_bytes = material.data.token_bytes
+    scores = [score_batch(material.model, batch, token_bytes) for batch in material.batches()]
+    total: Score = reduce(add, scores)
+    found: dict[str, Any] = {**total.metrics(), "targets": total.tokens, "bytes": total.bytes}
+    if material.tokenizer is None:
+        return found
+    found["unigram_bits_per_byte"] = material.data.facts["unigram_bits_per_byte"]
+    if options.compare_compressors and material.split == "validation":
+        compressed = material.data.compression_bits_per_byte() or {}
+        found |= {f"{name}_bits_per_byte": value for name, value in compressed.items()}
+    if material.run.config.tokenizer.kind != "bytes":
+        found["band"] = next(text for limit, text in BANDS if found["perplexity"] < limit or limit == float("inf"))
+    return found

@@ -27,6 +27,9 @@ class TrainingModule(lightning.LightningModule):
         loss: callable (model, hidden, targets) -> scalar.
         config: the whole configuration.
         token_bytes: UTF-8 bytes of every token [V], for bits per byte.
+
+    Attributes:
+        step_state: what the last step started from, where that was not zeros: for the record of a step that went wrong.
     """
 
     def __init__(self, model: LanguageModel, loss: nn.Module, config: TrainConfig, token_bytes: Tensor) -> None:
@@ -35,6 +38,7 @@ class TrainingModule(lightning.LightningModule):
         self.token_bytes = token_bytes
         self.last_grad_norm: Tensor | None = None
         self.scores: dict[str, Score] = {}
+        self.step_state: Tensor | None = None
 
     @abstractmethod
     def states(self, batch: Batch) -> Tensor:
@@ -68,11 +72,10 @@ class TrainingModule(lightning.LightningModule):
         return ["exact", "lagged", "no_feedback"] if self.model.has_feedback else ["exact"]
 
     def on_validation_epoch_end(self) -> None:
-        exact = self.scores["exact"].metrics()
-        self.log_dict({f"val/{name}": value for name, value in exact.items()})
-        for mode in self.scores:
-            if mode != "exact":
-                self.log(f"val/loss_{mode}", self.scores[mode].metrics()["loss"])
+        found = {f"val/{name}": value for name, value in self.scores["exact"].metrics().items()}
+        found |= {f"val/loss_{mode}": score.metrics()["loss"] for mode, score in self.scores.items() if mode != "exact"}
+        # float64: evaluate.py gives the same numbers to the last digit.
+        self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()})
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.config.optimizer)

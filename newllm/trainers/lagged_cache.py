@@ -69,9 +69,11 @@ class LaggedCache:
         return rows.to(device, non_blocking=True).to(dtype)
 
     def scatter(self, sample_ids: Tensor, states_BTD: Tensor) -> None:
-        """Keep the samples' states; nothing of their graph stays."""
-        rows = sample_ids.cpu()
-        self.states[rows] = states_BTD.detach().to(self.dtype).cpu()
+        """Keep the samples' states; nothing of their graph stays. A sample whose states are not finite keeps those it had."""
+        states = states_BTD.detach().to(self.dtype).cpu()
+        is_finite = states.flatten(1).isfinite().all(dim=1)
+        rows = sample_ids.cpu()[is_finite]
+        self.states[rows] = states[is_finite]
         self.visits[rows] += 1
 
     def forget(self) -> None:

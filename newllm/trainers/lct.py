@@ -86,7 +86,7 @@ class LctModule(TrainingModule):
             )
 
     def states(self, batch: Batch) -> Tensor:
-        start = self.lagged_states(batch)
+        self.step_state = start = self.lagged_states(batch)
         step = sweep_map(self.model, batch["input_ids"])
         states = solve(step, start, sweeps=self.sweeps, differentiate=self.sweeps).states
         if self.cache is not None:

@@ -1,0 +1,118 @@
+"""Runs a list of measurements on a run folder: everything is rebuilt from the folder alone."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+
+from newllm.config.schema import EvaluateConfig, EvaluationConfig
+from newllm.config.typed import real_config
+from newllm.evaluation.material import Material
+from newllm.load import LoadedRun, load_run
+from newllm.whole_file import write_whole
+
+REPRODUCED = ("val/loss", "val/perplexity", "val/bits_per_byte", "val/accuracy")
+
+
+def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
+    """Measure a finished run, print the table and write evaluation.json into its folder.
+
+    Args:
+        config: which run, checkpoint, split and measurements.
+    Returns:
+        What evaluation.json holds.
+    Raises:
+        SystemExit: 2 if the folder, its checkpoint or a measurement's options are refused.
+    """
+    if config.runtime.num_threads is not None:
+        torch.set_num_threads(config.runtime.num_threads)
+    try:
+        config = real_config(config)
+        run = load_run(config.run, config.checkpoint)
+        for measurement in config.evaluation.values():
+            problems = measurement.check(run.config)
+            if problems:
+                raise ValueError("\n".join(problems))
+        results = run_suite(
+            run, config.evaluation, split=config.split, batch_size=config.batch_size, device=config.runtime.accelerator
+        )
+    except (ValueError, TypeError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    print(table(results))
+    print(f"run: {config.run}")
+    return results
+
+
+def run_suite(
+    run: LoadedRun,
+    evaluations: Mapping[str, EvaluationConfig],
+    *,
+    split: Literal["validation", "test"] = "validation",
+    batch_size: int | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Return what every measurement found, and write it to evaluation.json.
+
+    Args:
+        run: the run, loaded from its folder.
+        evaluations: options of each measurement, by name.
+        split: text to measure on.
+        batch_size: blocks; None takes the run's own, with which its logged numbers come out again to the last digit.
+        device: where the model runs.
+    """
+    run.model.to("cuda" if device == "gpu" else device)
+    material = Material.of(run, split=split, batch_size=batch_size)
+    results: dict[str, Any] = {"step": run.step, "split": split}
+    for name, options in evaluations.items():
+        measure = importlib.import_module(f"newllm.evaluation.{options.kind}").measure
+        results[name] = measure(material, options)
+    if split == "validation" and "perplexity" in results:
+        results["reproduced"] = _reproduced(run, results["perplexity"])
+    write_whole(run.folder / "evaluation.json", json.dumps(_plain(results), indent=2, allow_nan=False) + "\n")
+    return results
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Return the results as lines of name and value for the terminal."""
+    lines = []
+    for name, value in _leaves(results):
+        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        lines.append(f"{name:<44} {shown}")
+    return "\n".join(lines)
+
+
+def _reproduced(run: LoadedRun, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's own logged numbers at this checkpoint beside those measured now."""
+    logged = {name: run.metrics[name] for name in REPRODUCED if name in run.metrics}
+    return {
+        name: {"logged": value, "measured": measured[name.removeprefix("val/")], "equal": value == measured[name[4:]]}
+        for name, value in logged.items()
+    }
+
+
+def _leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        return [
+            leaf for key, value in tree.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    if isinstance(tree, list) and tree and isinstance(tree[0], Mapping):
+        return [leaf for index, value in enumerate(tree) for leaf in _leaves(value, f"{prefix}[{index}]")]
+    return [(prefix, tree)]
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: a number that is not finite becomes null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

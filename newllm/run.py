@@ -1,0 +1,283 @@
+"""The story of one run: build, guard, fit, evaluate, record."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging
+
+from newllm.callbacks.checkpoints import Checkpoints
+from newllm.callbacks.probe import Probe
+from newllm.callbacks.progress import Progress
+from newllm.callbacks.samples import Samples
+from newllm.callbacks.stop import StopAtStep, StopOnSignal
+from newllm.callbacks.telemetry import Telemetry
+from newllm.callbacks.tensorboard import TensorBoard
+from newllm.callbacks.validate_at_end import ValidateAtEnd
+from newllm.closing import closing_lines
+from newllm.config.schema import TrainConfig
+from newllm.config.typed import config_hash, plain, real_config
+from newllm.cost import describe_cost
+from newllm.data.module import TextDataModule, build_data
+from newllm.evaluation.suite import run_suite
+from newllm.generation import sample_texts
+from newllm.guards.monitor import Monitor
+from newllm.guards.preflight import run_preflight
+from newllm.guards.verdict import Verdict, require_passed, switched_off
+from newllm.load import checkpoint_path, load_run, read_checkpoint
+from newllm.models.base import LanguageModel, count_parameters
+from newllm.models.create import build_model
+from newllm.report.curves import draw_curves
+from newllm.run_record import RunRecord, last_and_best, read_metrics
+from newllm.trainers.base import TrainingModule
+from newllm.trainers.build import build_training_module
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before any work: everything built and found possible."""
+
+    config: TrainConfig
+    folder: Path
+    data: TextDataModule
+    model: LanguageModel
+    module: TrainingModule
+    checkpoint: Path | None
+
+
+@dataclass(frozen=True)
+class Session:
+    """The callbacks that know afterwards what happened."""
+
+    telemetry: Telemetry
+    monitor: Monitor | None
+    checkpoints: Checkpoints
+    stop: StopOnSignal
+    stop_at: StopAtStep | None
+    board: TensorBoard | None
+
+
+def run_training(config: TrainConfig, folder: Path, overrides: list[str]) -> float | None:
+    """Run a configuration from beginning to end.
+
+    Args:
+        config: the whole configuration.
+        folder: run folder.
+        overrides: what the user typed.
+    Returns:
+        The last validation loss, nats per token; None where only the cost was asked for.
+    Raises:
+        SystemExit: 2 refused before any work, 143 or 130 stopped by SIGTERM or Ctrl-C after saving.
+        GuardFailure: the run cannot be believed.
+    """
+    _quieten()
+    config = real_config(config)
+    if config.runtime.num_threads is not None:
+        torch.set_num_threads(config.runtime.num_threads)
+    try:
+        if config.check:
+            print(describe_cost(config))
+            return None
+        prepared = _prepare(config, folder)
+    except (ValueError, TypeError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    started = time.monotonic()
+    record = RunRecord(folder)
+    record.begin(
+        config=plain(config), seed=config.seed, config_hash=config_hash(config), overrides=overrides, **_facts(prepared)
+    )
+    try:
+        return _train_and_record(prepared, record, started)
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            record.fail(error, wall_seconds=time.monotonic() - started)
+        raise
+    finally:
+        print(f"run: {folder}", flush=True)
+
+
+def _quieten() -> None:
+    """Our own lines on stderr; of Lightning's only what asks for attention."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # Both are about the insides of libraries: nothing a user of ours could change.
+    warnings.filterwarnings("ignore", message=".*set_vital.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+
+
+def _prepare(config: TrainConfig, folder: Path) -> Prepared:
+    """Build everything, or say what cannot be; nothing is written but the cache of tokenised texts."""
+    if config.runtime.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("runtime.accelerator=gpu: torch finds no CUDA device. Allowed here: cpu. Choose runtime=cpu.")
+    checkpoint = None if config.resume is None else checkpoint_path(folder, "last")
+    if checkpoint is not None:
+        read_checkpoint(checkpoint)
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    data = build_data(config)
+    data.prepare()
+    # The weights depend on the seed alone, not on how many numbers reading the data drew.
+    torch.manual_seed(config.seed)
+    model = build_model(config, data.vocab_size)
+    module = build_training_module(model, config, data.token_bytes, num_samples=data.num_train_samples, folder=folder)
+    return Prepared(config, folder, data, model, module, checkpoint)
+
+
+def _facts(prepared: Prepared) -> dict[str, Any]:
+    """What run.json says of a run before its first step."""
+    config, model, data = prepared.config, prepared.model, prepared.data
+    length = config.data.block_length
+    return {
+        "data": data.facts,
+        "data_fingerprint": data.fingerprint,
+        "vocab_size": data.vocab_size,
+        "parameters": count_parameters(model),
+        "state_bytes": model.state_bytes(length),
+        "flops_per_token": model.flops_per_token(length),
+    }
+
+
+def _train_and_record(prepared: Prepared, record: RunRecord, started: float) -> float | None:
+    config, folder = prepared.config, prepared.folder
+    if prepared.data.tokenizer is not None:
+        prepared.data.tokenizer.save(folder / "tokenizer.json")
+    verdicts = _preflight(prepared)
+    record.update(guards=[asdict(verdict) for verdict in verdicts])
+    require_passed(verdicts)
+    session = _session(prepared)
+    try:
+        _fit(prepared, session)
+    finally:
+        verdicts += session.monitor.verdicts() if session.monitor is not None else [switched_off("monitor")]
+        record.update(guards=[asdict(verdict) for verdict in verdicts])
+    reason = session.stop.reason or (session.stop_at.reason if session.stop_at is not None else None)
+    last, best = last_and_best(read_metrics(folder))
+    if session.board is not None:
+        session.board.hyperparameters(plain(config), last)
+        session.board.close()
+    draw_curves(folder)
+    record.finish(
+        status="finished" if reason is None else "stopped",
+        exit_reason=reason or f"{config.trainer.max_steps} steps, or early stopping",
+        tokens=session.telemetry.tokens,
+        tokens_per_second=session.telemetry.tokens_per_second,
+        wall_seconds=time.monotonic() - started,
+        metrics=last,
+        best_metrics=best,
+    )
+    if reason is not None:
+        print(f"stopped by {reason}; saved {session.checkpoints.last_path}. Continue with: resume={folder}")
+        if session.stop.exit_code:
+            raise SystemExit(session.stop.exit_code)
+        return last.get("val/loss")
+    results = run_suite(load_run(folder, "best"), config.evaluation)
+    print(closing_lines(folder, results))
+    return last.get("val/loss")
+
+
+def _preflight(prepared: Prepared) -> list[Verdict]:
+    if not prepared.config.guards.preflight:
+        return [switched_off("preflight")]
+    # A loader of its own: looking at a batch must not move the one that training reads.
+    batch = next(iter(prepared.data.train_dataloader()))
+    return run_preflight(
+        prepared.model,
+        batch,
+        prepared.data,
+        prepared.data.tokenizer,
+        prepared.config.guards,
+        prepared.config.seed,
+        is_fresh=prepared.checkpoint is None and getattr(prepared.config.model, "pretrained", None) is None,
+    )
+
+
+def _session(prepared: Prepared) -> Session:
+    config, folder = prepared.config, prepared.folder
+    board = TensorBoard(folder / "tensorboard") if config.logger.tensorboard else None
+    telemetry = Telemetry(
+        folder,
+        log_every_steps=config.trainer.log_every_steps,
+        board=board,
+        train_flops_per_token=round(3 * prepared.model.flops_per_token(config.data.block_length)),
+        precision=config.runtime.precision,
+    )
+    floor = prepared.data.facts.get("floor_nats_per_token") if prepared.checkpoint is None else None
+    monitor = Monitor(config.guards, folder, floor_nats=floor) if config.guards.monitor else None
+    checkpoints = Checkpoints(folder / "checkpoints", every_steps=config.trainer.checkpoint_every_steps)
+    stop_at = None if config.stop_at_step is None else StopAtStep(config.stop_at_step)
+    return Session(telemetry, monitor, checkpoints, StopOnSignal(), stop_at, board)
+
+
+def _callbacks(prepared: Prepared, session: Session) -> list[Callback]:
+    """All callbacks, in the order that their work needs: what measures speed before what costs time, checkpoints last."""
+    config = prepared.config
+    options = config.callbacks
+    found: list[Callback | None] = [
+        None if options.lag_every_steps is None else Probe(every_steps=options.lag_every_steps),
+        session.telemetry,
+        session.monitor,
+        Progress(every_seconds=options.progress_every_seconds, stream=sys.stderr),
+        ValidateAtEnd(),
+        session.stop,
+        session.stop_at,
+    ]
+    if config.trainer.ema_decay is not None:
+        found.append(EMAWeightAveraging(decay=config.trainer.ema_decay))
+    if config.trainer.early_stopping_patience is not None:
+        found.append(EarlyStopping("val/loss", patience=config.trainer.early_stopping_patience, verbose=False))
+    if options.sample_every_steps is not None and prepared.data.tokenizer is not None:
+        found.append(_samples(prepared, options.sample_every_steps, session.board))
+    found.append(session.checkpoints)
+    return [callback for callback in found if callback is not None]
+
+
+def _samples(prepared: Prepared, every_steps: int, board: TensorBoard | None) -> Samples:
+    options = prepared.config.callbacks
+    prompts = next(iter(prepared.data.val_dataloader()))["input_ids"][:2, :16]
+
+    def sample() -> list[str]:
+        assert prepared.data.tokenizer is not None, "only text is sampled"
+        return sample_texts(
+            prepared.model,
+            prepared.data.tokenizer,
+            prompts,
+            max_new_tokens=options.sample_tokens,
+            seed=prepared.config.seed,
+        )
+
+    return Samples(prepared.folder, every_steps=every_steps, sample=sample, board=board)
+
+
+def _fit(prepared: Prepared, session: Session) -> None:
+    config = prepared.config
+    trainer = lightning.Trainer(
+        default_root_dir=prepared.folder,
+        accelerator=config.runtime.accelerator,
+        devices=config.runtime.devices,
+        strategy=config.runtime.strategy,
+        precision=config.runtime.precision,
+        deterministic=config.runtime.deterministic,
+        max_steps=config.trainer.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=config.trainer.accumulate_batches,
+        # In batches and across epochs: a validation every so many optimizer steps, however long an epoch is.
+        val_check_interval=config.trainer.validate_every_steps * config.trainer.accumulate_batches,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=_callbacks(prepared, session),
+    )
+    with session.stop:
+        trainer.fit(prepared.module, datamodule=prepared.data, ckpt_path=prepared.checkpoint)

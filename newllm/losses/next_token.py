@@ -18,6 +18,25 @@ class NextTokenConfig(LossConfig):
     """Mean nats per target token."""
 
 
+def token_nats(model: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Return the cross entropy of every target in nats, in the targets' shape; 0 where there is none.
+
+    Args:
+        model: gives the logits of the states.
+        hidden: states [..., D].
+        targets: the token that each state is to predict [...].
+    """
+    logits = _logits(model, hidden.flatten(0, -2))
+    nats = nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=NO_TARGET, reduction="none")
+    return nats.view(targets.shape)
+
+
+def _logits(model: LanguageModel, hidden: Tensor) -> Tensor:
+    """At least fp32: the log-sum-exp over the vocabulary loses its small terms below that."""
+    logits = model.logits(hidden)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 class NextTokenLoss(nn.Module):
     """Mean cross entropy over all targets of a batch, nats per token; `NO_TARGET` positions do not count.
 
@@ -36,9 +55,7 @@ class NextTokenLoss(nn.Module):
             hidden: states [B, T, D].
             targets: the token after each position [B, T], as the batch holds them: nothing is shifted here.
         """
-        logits = model.logits(hidden).flatten(0, 1)
-        # fp32: the log-sum-exp over the vocabulary loses its small terms below that.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = _logits(model, hidden).flatten(0, 1)
         return nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=NO_TARGET)
 
 

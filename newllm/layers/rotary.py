@@ -10,11 +10,13 @@ from torch import Tensor
 def _tables(
     length: int, rotary_dim: int, base: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    # float64: at base 10000 and long texts fp32 angles are off by more than the tolerance of the exactness tests.
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / rotary_dim
-    angles = torch.arange(length, dtype=torch.float64, device=device).unsqueeze(1) * base**-exponents
-    angles = torch.cat([angles, angles], dim=-1)  # [length, rotary_dim]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    # Tables made in a validation are used by training steps too: as inference tensors they would stop the backward pass.
+    with torch.inference_mode(False):
+        # float64: at base 10000 and long texts fp32 angles are off by more than the tolerance of the exactness tests.
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / rotary_dim
+        angles = torch.arange(length, dtype=torch.float64, device=device).unsqueeze(1) * base**-exponents
+        angles = torch.cat([angles, angles], dim=-1)  # [length, rotary_dim]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(tensor_BHTd: Tensor, *, offset: int, rotary_dim: int, base: float) -> Tensor:

@@ -85,17 +85,17 @@ def test_sanity_validation_saves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("stops", [(3,), (4,), (5,), (6,), (3, 4), (5, 6, 7)])
+@pytest.mark.parametrize("stops", [(4,), (5,), (3, 6), (5, 6, 7)])
 def test_interrupted_run_ends_like_the_uninterrupted_one(
     tmp_path: Path, stops: tuple[int, ...], accumulate: int
 ) -> None:
     """Validation every 3 steps, 5 batches an epoch: the stops fall on a validation, on an epoch's end and between."""
-    options = {"max_steps": 12, "accumulate": accumulate, "validate_every_batches": 3 * accumulate}
-    options["train_blocks"] = 10 * accumulate
+    options: dict[str, Any] = {"max_steps": 12, "accumulate": accumulate, "train_blocks": 10 * accumulate}
+    options["validate_every_batches"] = 3 * accumulate
     straight, one = TinyModule(), Checkpoints(tmp_path / "straight", every_steps=4)
     fit(straight, [one], **options)
 
-    resume, seen = None, []
+    resume, seen = None, list[int]()
     for stop in (*stops, None):
         module, two = TinyModule(), Checkpoints(tmp_path / "parts", every_steps=4)
         fit(module, [two] if stop is None else [StopAtStep(stop), two], resume=resume, **options)
@@ -177,8 +177,17 @@ def test_checkpoint_that_needs_more_than_plain_containers_is_refused(tmp_path: P
 def test_bytes_reach_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     sync, replace = os.fsync, os.replace
-    monkeypatch.setattr(newllm.whole_file.os, "fsync", lambda number: (calls.append("fsync"), sync(number)))
-    monkeypatch.setattr(newllm.whole_file.os, "replace", lambda *names: (calls.append("replace"), replace(*names)))
+
+    def note_sync(number: int) -> None:
+        calls.append("fsync")
+        sync(number)
+
+    def note_replace(source: Path, target: Path) -> None:
+        calls.append("replace")
+        replace(source, target)
+
+    monkeypatch.setattr(newllm.whole_file.os, "fsync", note_sync)
+    monkeypatch.setattr(newllm.whole_file.os, "replace", note_replace)
 
     WholeCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
 

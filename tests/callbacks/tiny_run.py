@@ -62,7 +62,7 @@ class TinyModule(LightningModule):
         norms = [parameter.grad.norm() for parameter in self.parameters() if parameter.grad is not None]
         self.last_grad_norm = torch.stack(norms).norm()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,58 @@
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from newllm.report.curves import PANELS, _figure, draw_curves, points, smoothed
+from newllm.run_record import append_metrics
+
+LINES = [
+    {"step": 10, "tokens": 80, "train/loss": 3.0, "speed/tokens_per_second": 100.0},
+    {"step": 20, "tokens": 160, "train/loss": math.nan, "val/loss": 2.5, "lag/relative_error": 0.5},
+]
+
+
+def test_points_leave_out_what_is_missing_or_not_finite() -> None:
+    assert points(LINES, "train/loss") == ([10], [3.0])
+    assert points(LINES, "val/loss") == ([20], [2.5])
+    assert points(LINES, "memory/gate_mean") == ([], [])
+
+
+def test_smoothing_shifts_a_straight_line_nowhere() -> None:
+    line = [float(place) for place in range(300)]
+
+    assert smoothed(line) == line
+
+
+def test_only_panels_with_data_are_drawn() -> None:
+    titles = [axes.get_title(loc="left") for axes in _figure(LINES).axes]
+
+    assert titles == ["loss (nats per token)", "lag of the cached states", "tokens per second"]
+
+
+def test_every_metric_of_the_contract_has_a_panel() -> None:
+    everything = [{"step": 1, "tokens": 8, **{name: 0.5 for panel in PANELS for name in panel.names}}]
+
+    assert len(_figure(everything).axes) == 1 + len(PANELS)
+
+
+def test_picture_is_written_whole_even_for_a_run_that_logged_nothing(tmp_path: Path) -> None:
+    for line in LINES:
+        append_metrics(tmp_path, line)
+    (tmp_path / "empty").mkdir()
+
+    for folder in (tmp_path, tmp_path / "empty"):
+        with Image.open(draw_curves(folder)) as picture:
+            picture.verify()
+            assert picture.width > 1000
+
+
+def test_drawing_imports_no_torch(tmp_path: Path) -> None:
+    code = f"import sys; from newllm.report.curves import draw_curves; draw_curves({str(tmp_path)!r})"
+    code += "; print('torch' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
+
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert answer.stdout == "False False\n"

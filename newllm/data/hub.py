@@ -9,13 +9,14 @@ QUESTION_SECONDS = 5.0  # the library's own retries take 20 to 50 s before they 
 OFFLINE_CHOICES = "tokenizer=bpe, tokenizer=bytes, tokenizer=unigram, tokenizer=file tokenizer.path=<tokenizer.json>"
 
 
-def fetch_file(repository: str, name: str, *, key: str) -> Path:
+def fetch_file(repository: str, name: str, *, key: str, choices: str = OFFLINE_CHOICES) -> Path:
     """Return the local path of a hub file: from the local hub cache, else downloaded after one short question.
 
     Args:
         repository: owner/name on the hub.
         name: file in the repository.
         key: part of the configuration that asks for it, for messages.
+        choices: what can be had without a network instead, for messages.
     Raises:
         ValueError: the file is not on this machine, and the hub does not give it.
     """
@@ -33,7 +34,7 @@ def fetch_file(repository: str, name: str, *, key: str) -> Path:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     raise ValueError(
         f"{key}: {name} of {repository} is neither in the local hub cache nor to be had from the hub ({reason}). "
-        f"Allowed without a network: {OFFLINE_CHOICES}. Choose one of these or connect to the hub."
+        f"Allowed without a network: {choices}. Choose one of these or connect to the hub."
     )
 
 

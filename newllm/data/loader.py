@@ -4,7 +4,10 @@ The order of an epoch is a function of (seed, epoch) alone, so two numbers, epoc
 position: they survive any number of resumptions and a changed number of loader processes.
 """
 
+import atexit
+import multiprocessing
 import signal
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,31 +56,39 @@ class EpochBatches:
 
 
 class EpochIterator(Iterator[list[int]]):
-    """The rest of one epoch. Its state is read by the loader together with each batch that it hands out."""
+    """The rest of one epoch. Its state is read by the loader together with each batch that it hands out.
+
+    It begins when its first batch is asked for, not before: loaders make iterators that they never use.
+    """
 
     def __init__(self, batches: EpochBatches) -> None:
         self.batches = batches
-        self.epoch = batches.epoch
-        self.batches_done = batches.batches_done
-        self.order = batches.order(self.epoch)
-        batches.batches_done = 0
+        self.order: np.ndarray | None = None  # not begun
 
     def __next__(self) -> list[int]:
+        order = self._begin() if self.order is None else self.order
         start = self.batches_done * self.batches.batch_size
-        if start >= len(self.order):
+        if start >= len(order):
             raise StopIteration
         self.batches_done += 1
         if self.batches_done == len(self.batches):
             # Told now, not when asked once more: Lightning counts batches and never asks after the last.
             self.batches.epoch = self.epoch + 1
-        return [int(sample_id) for sample_id in self.order[start : start + self.batches.batch_size]]
+        return [int(sample_id) for sample_id in order[start : start + self.batches.batch_size]]
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "batches_done": self.batches_done}
+        source = self.batches if self.order is None else self
+        return {"epoch": source.epoch, "batches_done": source.batches_done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.batches_done = state["epoch"], state["batches_done"]
+        self.batches.epoch, self.batches.batches_done = state["epoch"], state["batches_done"]
+        self.order = None
+
+    def _begin(self) -> np.ndarray:
+        self.epoch, self.batches_done = self.batches.epoch, self.batches.batches_done
+        self.batches.batches_done = 0
         self.order = self.batches.order(self.epoch)
+        return self.order
 
 
 class PositionLoader(StatefulDataLoader):
@@ -119,20 +130,35 @@ def leave_signals_to_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def end_loader_processes() -> None:
+    """Kill the loader processes that are left when the program ends, after an error for example.
+
+    multiprocessing sends them SIGTERM and waits for them, and they are deaf to it.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report each as killed
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 def make_loader(samples: Samples, batches: EpochBatches, *, num_workers: int, pin_memory: bool) -> PositionLoader:
     """Return a loader that fetches a whole batch at once."""
-    return PositionLoader(
-        samples,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        worker_init_fn=leave_signals_to_parent,
-        pin_memory=pin_memory,
-        collate_fn=_as_fetched,
-        # Its own generator: the base class draws a seed for each iterator, out of torch's global one by default, and a
-        # resumed run makes one iterator more.
-        generator=torch.Generator().manual_seed(batches.seed),
-    )
+    atexit.unregister(end_loader_processes)  # so that it is registered once
+    atexit.register(end_loader_processes)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata calls it, no user can help it
+        return PositionLoader(
+            samples,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            worker_init_fn=leave_signals_to_parent,
+            pin_memory=pin_memory,
+            collate_fn=_as_fetched,
+            # Its own generator: the base class draws a seed for each iterator, out of torch's global one by default,
+            # and a resumed run makes one iterator more.
+            generator=torch.Generator().manual_seed(batches.seed),
+        )
 
 
 def _as_fetched(batch: Batch) -> Batch:

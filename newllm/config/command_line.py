@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from newllm.config.compose import examine, read_config
 from newllm.config.help_text import help_text
-from newllm.config.overrides import parse, readable
+from newllm.config.overrides import parse, quoted, readable
 from newllm.config.problems import ConfigError, listed
 from newllm.config.run_folder import can_resume, differences, latest_unfinished, overrides_of
 from newllm.config.schema import EvaluateConfig, TrainConfig
@@ -144,14 +144,14 @@ def _continued_or_new(overrides: list[str]) -> list[str]:
     overrides = _without(overrides, ["resume"])
     config = _examined(overrides, "train")
     folder = latest_unfinished(config)
-    return readable(overrides if folder is None else [*overrides, _resume(folder)], "train")
+    return readable(overrides if folder is None else [*overrides, f"resume={quoted(str(folder))}"], "train")
 
 
 def _continued(overrides: list[str], folder: Path) -> list[str]:
     """Return the overrides of the run in the folder, followed by the given ones."""
     given = _without(overrides, ["resume"])
     saved = _without(overrides_of(folder), [_key(text) for text in given])
-    overrides = [*saved, *given, _resume(folder)]
+    overrides = [*saved, *given, f"resume={quoted(str(folder))}"]
     config = _examined(overrides, "train")
     changed = differences(folder, config)
     if changed:
@@ -192,11 +192,6 @@ def _value(overrides: Sequence[str], key: str) -> Any:
         return parse(texts[-1]).value() if texts else None
     except ValueError:
         return None
-
-
-def _resume(folder: Path) -> str:
-    path = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    return f"resume='{path}'"
 
 
 def _examined(overrides: list[str], root: str) -> Any:

@@ -13,7 +13,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from newllm.config.compatibility import check_model, check_run
 from newllm.config.kinds import kinds_of, schema_of
 from newllm.config.library import load, options
-from newllm.config.overrides import Judgement, judge, key_of, readable
+from newllm.config.overrides import Judgement, judge, key_of, quoted, readable
 from newllm.config.problems import ConfigError, Problem, listed, shown, with_closest
 from newllm.config.schema import EvaluateConfig, LayerConfig, LayersConfig, TrainConfig
 from newllm.config.typed import Unresolved, build, real_config
@@ -50,7 +50,7 @@ def compose_model(name: str, *, size: str, keys: Mapping[str, Any]) -> TrainConf
     for key, value in keys.items():
         places = [group for group in ("model", "layers") if tree is not None and key in tree[group]]
         if places:
-            values.append(f"{places[0]}.{key}={_quoted(value)}")
+            values.append(f"{places[0]}.{key}={_written(value)}")
         elif tree is not None:
             known = [str(known) for group in ("model", "layers") for known in tree[group]]
             problems.append(with_closest(f"{key}={shown(value)}: is not a key. Allowed: {listed(known)}.", key, known))
@@ -224,13 +224,12 @@ def _in_our_words(error: Exception, overrides: list[str]) -> str:
     )
 
 
-def _quoted(value: Any) -> str:
-    """Return the value in the grammar of overrides."""
+def _written(value: Any) -> str:
+    """Return a Python value in the grammar of overrides."""
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
+        return quoted(value)
     if isinstance(value, list | tuple):
-        return f"[{','.join(_quoted(element) for element in value)}]"
+        return f"[{','.join(_written(element) for element in value)}]"
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_quoted(element)}" for key, element in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{_written(element)}" for key, element in value.items()) + "}"
     return shown(value)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -58,6 +58,11 @@ def parse(override: str) -> Override:
         ) from error
 
 
+def quoted(text: str) -> str:
+    """Return a text as the grammar reads it letter by letter."""
+    return QuotedString(text, Quote.single).with_quotes()
+
+
 def readable(overrides: list[str], root: str) -> list[str]:
     """Return the overrides as Hydra reads them to the same effect.
 
@@ -70,7 +75,7 @@ def readable(overrides: list[str], root: str) -> list[str]:
         group, _, option = text.partition("=")
         is_number = group in defaults and option in options(group) and not isinstance(parse(text).value(), str)
         if group not in OPTIONAL_GROUPS or option not in ("null", ""):
-            written.append(f"{group}='{option}'" if is_number else text)
+            written.append(f"{group}={quoted(option)}" if is_number else text)
     return written
 
 
@@ -139,9 +144,9 @@ def _judge_group(override: Override, root: str, judgement: Judgement) -> None:
     if None in matches:
         judgement.unclear.add(group)
     elif is_list:
-        judgement.groups.append(f"{group}=[{','.join(map(str, matches))}]")
+        judgement.groups.append(f"{group}=[{','.join(quoted(str(match)) for match in matches)}]")
     else:
-        judgement.groups.append(f"{group}={matches[0]}")
+        judgement.groups.append(f"{group}={quoted(str(matches[0]))}")
     return None
 
 

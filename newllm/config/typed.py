@@ -176,20 +176,20 @@ def _layers(tree: Any, key: str, reading: _Reading) -> LayersConfig | None:
         reading.refuse(f"{key}.stack", stack, str(error))
         return None
     before, layers = len(reading.problems), {}
-    known = {field.name for kind in kinds for field in fields(_schema(reading, kind))} | {"stack"}
+    known = {field.name for kind in kinds for field in fields(_schema(schema_of, kind))} | {"stack"}
     for name in tree:
         if name not in known:
             advice = with_closest(f"Allowed: {listed(known)}.", str(name), known)
             reading.refuse(f"{key}.{name}", tree[name], f"is a parameter of no kind of layer. {advice}")
     for kind in dict.fromkeys(expanded):
-        schema = _schema(reading, kind)
+        schema = _schema(reading.find, kind)
         own = {field.name for field in fields(schema)} - {"kind"}
         layers[kind] = _node({"kind": kind} | {n: tree[n] for n in tree if n in own}, schema, key, reading)
     return LayersConfig(stack=expanded, kinds=layers) if len(reading.problems) == before else None
 
 
-def _schema(reading: _Reading, kind: str) -> type[GroupConfig]:
-    schema = reading.find(LayerConfig, kind)
+def _schema(find: Find, kind: str) -> type[GroupConfig]:
+    schema = find(LayerConfig, kind)
     assert schema is not None, f"kinds_of names the layer {kind}, which has no schema"
     return schema
 

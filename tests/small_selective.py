@@ -1,12 +1,15 @@
 """Selective models small enough for exact comparison, every parameter random so that nothing is hidden by a zero."""
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from newllm.layers.infini import InfiniConfig, InfiniLayer
-from newllm.layers.pythia import PythiaConfig, PythiaLayer
+from newllm.config.compose import compose
+from newllm.layers.base import Layer
+from newllm.layers.infini import InfiniLayer
+from newllm.layers.pythia import PythiaLayer
 from newllm.models.base import LanguageModel
 from newllm.models.selective import SelectiveLM
 
@@ -20,17 +23,20 @@ STACKS = {
 }
 
 
-def layer(kind: str) -> PythiaLayer | InfiniLayer:
+@cache
+def layer_config(kind: str, *changes: str) -> Any:
+    """Return the parameters of a kind of layer as conf/ has them, but for some."""
+    return compose([f"layers.stack=[{{{kind}: rest}}]", *changes]).layers.kinds[kind]
+
+
+def layer(kind: str) -> Layer:
     """Return one layer of the kind."""
     if kind in ("pythia", "window"):
-        window = 4 if kind == "window" else None
-        return PythiaLayer(
-            DIM, HEADS, MLP_DIM, PythiaConfig(kind="pythia", rotary_share=0.5, rotary_base=10000.0, window=window)
-        )
-    options: dict[str, Any] = {"memory_heads": 1, "memory_kernel": "elu", "write": "delta", "mix": "gate"}
-    options |= {"num_memory_banks": 1, "segments_per_bank": 1, "detach_every": None}
+        config = layer_config("pythia", "layers.rotary_share=0.5", f"layers.window={4 if kind == 'window' else 'null'}")
+        return PythiaLayer(DIM, HEADS, MLP_DIM, config)
     local = "softmax" if kind == "infini-softmax" else "linear"
-    return InfiniLayer(DIM, HEADS, MLP_DIM, InfiniConfig(kind="infini", segment_length=SEGMENT, local=local, **options))
+    config = layer_config("infini", f"layers.segment_length={SEGMENT}", f"layers.local={local}")
+    return InfiniLayer(DIM, HEADS, MLP_DIM, config)
 
 
 def stir(model: LanguageModel) -> LanguageModel:

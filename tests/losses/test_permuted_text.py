@@ -8,12 +8,14 @@ import torch
 from small_selective import layer
 from torch import Tensor
 
+from newllm.losses.deep_supervision import DeepSupervisionConfig, DeepSupervisionLoss
 from newllm.losses.fixed_skip import FixedSkipConfig, FixedSkipLoss
 from newllm.losses.halting import HaltingConfig, HaltingLoss
 from newllm.losses.next_token import NextTokenConfig, NextTokenLoss
 from newllm.models.base import LanguageModel
 from newllm.models.selective import SelectiveLM
 from newllm.models.transformer import TransformerLM
+from newllm.models.trm import TrmLM
 
 STEPS, LAST, BATCH, LENGTH = 160, 60, 16, 12
 # Nats a token costs scatter by about 1: the mean of 60 * 16 * 12 of them by 0.01.
@@ -79,12 +81,20 @@ def of_levels(loss: torch.nn.Module, **options: Any) -> Callable[[Tensor], tuple
     return make
 
 
+def deep_supervision(text: Tensor) -> tuple[LanguageModel, Step]:
+    sizes = {"num_layers": 1, "num_heads": 2, "mlp_dim": 12, "max_positions": LENGTH}
+    model = TrmLM(int(text.max()) + 1, 8, **sizes, latent_steps=1, deep_steps=2, supervision_steps=2)
+    loss = DeepSupervisionLoss(DeepSupervisionConfig(kind="deep_supervision", act_weight=0, halting_margin=0.01))
+    return model, lambda ids: loss(model, model.encode(ids[:, :-1], model.initial_state(BATCH)).levels, ids[:, 1:])
+
+
 SOUND = {
     "next_token": next_token,
     "fixed_skip": of_levels(FixedSkipLoss(FixedSkipConfig(kind="fixed_skip")), skip_interval=2),
     "halting": of_levels(
         HaltingLoss(HaltingConfig(kind="halting", prior=0.5, kl_weight=0.01)), skip_interval=3, halting="learned"
     ),
+    "deep_supervision": deep_supervision,
 }
 
 

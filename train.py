@@ -5,7 +5,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from newllm.config.command_line import check_command_line, job_of
+from newllm.config.command_line import check_command_line, job_of, no_empty_folder
 from newllm.config.library import conf_folder
 
 
@@ -15,7 +15,8 @@ def train(untyped: DictConfig) -> float | None:
     job = job_of(untyped, root="train")
     from newllm.run import run_training  # torch and lightning take seconds: mistakes are answered without them
 
-    return run_training(job.config, job.folder, job.overrides)
+    with no_empty_folder(job.folder):
+        return run_training(job.config, job.folder, job.overrides)
 
 
 def main() -> None:

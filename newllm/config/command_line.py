@@ -2,7 +2,8 @@
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -87,6 +88,17 @@ def job_of(untyped: DictConfig, root: str) -> Job:
     if root == "train" and config.resume == "auto":  # a job of a sweep: it has one folder, whenever it starts
         config = replace(config, resume=str(folder) if can_resume(folder) else None)
     return Job(config, folder, list(hydra.overrides.task))
+
+
+@contextmanager
+def no_empty_folder(folder: Path) -> Iterator[None]:
+    """Remove what Hydra made for a run that left nothing in it: one that was refused, or a cost estimate."""
+    try:
+        yield
+    finally:
+        for path in (folder, folder.parent):
+            with suppress(OSError):  # not empty, or not there: there is a run
+                path.rmdir()
 
 
 def _options(arguments: Sequence[str]) -> Namespace:

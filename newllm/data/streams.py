@@ -66,11 +66,21 @@ def write_stream(path: Path, documents: list[Document], tokenizer: Tokenizer, dt
     rows = []
     with path.open("wb") as file:
         for group in _groups(documents):
-            for document, ids in zip(group, tokenizer.encode_batch([d.text for d in group]), strict=True):
+            for document, ids in zip(group, _encode(group, tokenizer), strict=True):
                 _check_no_end(document, ids, tokenizer)
                 np.append(ids, tokenizer.eos_id).astype(dtype).tofile(file)
                 rows.append(_record(document, num_tokens=len(ids) + 1))
     return rows
+
+
+def _encode(group: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
+    try:
+        return tokenizer.encode_batch([document.text for document in group])
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(
+            f"tokenizer: cannot encode one of the texts from {group[0].id} to {group[-1].id} ({error}). "
+            "Allowed: a vocabulary for every character. Choose tokenizer=bpe or tokenizer=bytes."
+        ) from error
 
 
 def _check_no_end(document: Document, ids: np.ndarray, tokenizer: Tokenizer) -> None:

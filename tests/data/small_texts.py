@@ -60,10 +60,10 @@ def shared_keys(folder: Path, **changes: Any) -> dict[str, Any]:
     return keys | changes
 
 
-def jsonl_config(path: Path, **changes: Any) -> JsonlConfig:
+def jsonl_config(corpus: Path, **changes: Any) -> JsonlConfig:
     """Return a configuration of local files, its cache beside them."""
-    folder = path if path.is_dir() else path.parent
-    own = {"kind": "jsonl", "path": str(path), "text_field": "text", "validation": None}
+    folder = corpus if corpus.is_dir() else corpus.parent
+    own = {"kind": "jsonl", "path": str(corpus), "text_field": "text", "validation": None}
     return JsonlConfig(**shared_keys(folder, **(own | changes)))
 
 

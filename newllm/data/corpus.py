@@ -15,10 +15,10 @@ from newllm.data.blocks import Blocks, count_blocks, count_used_tokens
 from newllm.data.document import Source
 from newllm.data.prepared import PreparedData
 from newllm.data.split_rule import split_rule
-from newllm.data.streams import SPLITS, TOKENIZER_FILE, open_streams
+from newllm.data.streams import SPLITS, open_streams, open_tokenizer
 from newllm.data.text_statistics import bigram_entropy, count_tokens, cross_entropy, unseen_share
 from newllm.data.token_cache import CachedFolder
-from newllm.data.tokenizer import Tokenizer, load_tokenizer
+from newllm.data.tokenizer import Tokenizer
 
 LISTED_DOCUMENTS = 100  # held-out documents named in the facts; the cache's meta.json names all
 
@@ -86,9 +86,9 @@ def prepare_text(
         ValueError: a document cannot be read, the text is too short, or validation holds too many unseen tokens.
     """
     rule = split_rule(validation, data, text_field=text_field)
-    cached = open_streams(source, rule, tokenizer_config, cache_dir=data.cache_dir)
-    tokenizer = load_tokenizer(cached.path / TOKENIZER_FILE, vocab_size=cached.meta["vocab_size"])
+    tokenizer = open_tokenizer(source, rule, tokenizer_config, cache_dir=data.cache_dir)
     _warn_if_smaller(tokenizer, tokenizer_config)
+    cached = open_streams(source, rule, tokenizer, cache_dir=data.cache_dir)
     parts = {split: use_part(cached, split, tokenizer, data) for split in SPLITS}
     train, held_out = parts["train"], parts["validation"]
     _check_length(source, parts, data)
@@ -117,7 +117,7 @@ def prepare_text(
         test=parts["test"].blocks,
         train_document_hashes=frozenset(record["hash"] for record in train.documents),
         validation_document_hashes=frozenset(record["hash"] for record in held_out.documents),
-        fingerprint=_fingerprint(cached, parts, data),
+        fingerprint=_fingerprint(cached, parts, tokenizer, data),
         facts=facts,
         targets_are_next_tokens=True,
         validation_text=partial(_text_of, held_out.targets, tokenizer),
@@ -152,12 +152,12 @@ def _text_of(targets: np.ndarray, tokenizer: Tokenizer) -> bytes:
     return b"".join(texts[token] for token in targets.tolist())
 
 
-def _fingerprint(cached: CachedFolder, parts: dict[str, UsedPart], data: DataConfig) -> str:
+def _fingerprint(cached: CachedFolder, parts: dict[str, UsedPart], tokenizer: Tokenizer, data: DataConfig) -> str:
     described = {
-        "files": {name: file["sha256"] for name, file in cached.files.items()},
+        "streams": {name: file["sha256"] for name, file in cached.files.items()},
         "blocks": {split: len(part.blocks) for split, part in parts.items()},
         "block_length": data.block_length,
-        "vocab_size": cached.meta["vocab_size"],
+        "tokens": [text.hex() for text in tokenizer.token_texts],
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 

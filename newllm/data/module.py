@@ -1,6 +1,7 @@
 """The data of a run, as Lightning and everything else asks for it."""
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from newllm.data.compression import compressed_bits_per_byte
 from newllm.data.loader import EpochBatches, PositionLoader, make_loader
 from newllm.data.prepared import PreparedData, Samples
 from newllm.data.tokenizer import Tokenizer
+from newllm.data.tokenizer_kinds import saved_tokenizer
 
 
 class TextDataModule(LightningDataModule):
@@ -160,6 +162,13 @@ class TextDataModule(LightningDataModule):
         return make_loader(samples, batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
 
 
-def build_data(config: TrainConfig) -> TextDataModule:
-    """Return the data module of a run, not yet prepared."""
-    return TextDataModule(config.data, config.tokenizer, seed=config.seed)
+def build_data(config: TrainConfig, *, tokenizer_file: Path | None = None) -> TextDataModule:
+    """Return the data module of a run, not yet prepared.
+
+    Args:
+        config: of the run.
+        tokenizer_file: tokenizer.json that the run has saved; a resumed or evaluated run reads its text with that one,
+            whatever has become of the cache. None where the run has none yet, or needs none.
+    """
+    tokenizer = config.tokenizer if tokenizer_file is None else saved_tokenizer(config.tokenizer, tokenizer_file)
+    return TextDataModule(config.data, tokenizer, seed=config.seed)

@@ -12,7 +12,7 @@ from newllm.config.schema import TokenizerConfig
 from newllm.data.document import Document, Source, read_source
 from newllm.data.split_rule import SplitRule
 from newllm.data.token_cache import CachedFolder, open_or_build
-from newllm.data.tokenizer import Tokenizer
+from newllm.data.tokenizer import Tokenizer, load_tokenizer
 from newllm.data.tokenizer_kinds import describe_training, ready_tokenizer, train_tokenizer
 
 SPLITS = ("train", "validation", "test")
@@ -20,31 +20,39 @@ TOKENIZE_CHARACTERS = 1 << 23  # texts tokenised at once: enough to keep all thr
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def open_streams(source: Source, rule: SplitRule, config: TokenizerConfig, *, cache_dir: str) -> CachedFolder:
-    """Return the cached streams `train.bin`, `validation.bin`, `test.bin` and the tokenizer of a source.
+def open_tokenizer(source: Source, rule: SplitRule, config: TokenizerConfig, *, cache_dir: str) -> Tokenizer:
+    """Return the tokenizer of a configuration; one that must be trained sees training text only, and is cached.
 
-    Its meta holds: dtype, vocab_size, skipped (by reason), rule (words), tokenize_seconds, and for each split the
-    documents in order, each with id, hash, bytes and tokens.
+    Training unigram pieces twice gives two tokenizers (sums in another order), so a run keeps its own.
     """
-    tokenizer = ready_tokenizer(config)
-    described = describe_training(config) if tokenizer is None else _describe(tokenizer)
+    ready = ready_tokenizer(config)
+    if ready is not None:
+        return ready
+
+    def train(folder: Path) -> dict[str, Any]:
+        split = rule.apply(read_source(source).documents)
+        train_tokenizer(config, (document.text for document in split.train)).save(folder / TOKENIZER_FILE)
+        return {}
+
+    key = {"source": source.signature, "split": rule.signature, "training": describe_training(config)}
+    return load_tokenizer(open_or_build(cache_dir, key, train).path / TOKENIZER_FILE)
+
+
+def open_streams(source: Source, rule: SplitRule, tokenizer: Tokenizer, *, cache_dir: str) -> CachedFolder:
+    """Return the cached streams `train.bin`, `validation.bin`, `test.bin` of a source.
+
+    The cache is named by the tokenizer itself, not by how it came about: a run's saved tokenizer finds the run's cache.
+    Its meta holds: dtype, skipped (by reason), rule (words), tokenize_seconds, and for each split the documents in
+    order, each with id, hash, bytes and tokens.
+    """
+    described = {"json": tokenizer.to_json(), "vocab_size": tokenizer.vocab_size}
     key = {"source": source.signature, "split": rule.signature, "tokenizer": described}
-    return open_or_build(cache_dir, key, partial(_build, source, rule, config, tokenizer))
+    return open_or_build(cache_dir, key, partial(_write_streams, source, rule, tokenizer))
 
 
-def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {"json": tokenizer.to_json(), "vocab_size": tokenizer.vocab_size}
-
-
-def _build(
-    source: Source, rule: SplitRule, config: TokenizerConfig, tokenizer: Tokenizer | None, folder: Path
-) -> dict[str, Any]:
-    """Write the streams and the tokenizer into the folder; a tokenizer that must be trained sees training text only."""
+def _write_streams(source: Source, rule: SplitRule, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
     reading = read_source(source)
     split = rule.apply(reading.documents)
-    if tokenizer is None:
-        tokenizer = train_tokenizer(config, (document.text for document in split.train))
-    tokenizer.save(folder / TOKENIZER_FILE)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     start = time.perf_counter()
     documents = {
@@ -53,7 +61,6 @@ def _build(
     }
     return {
         "dtype": dtype.name,
-        "vocab_size": tokenizer.vocab_size,
         "skipped": reading.skipped,
         "rule": split.rule,
         "tokenize_seconds": time.perf_counter() - start,

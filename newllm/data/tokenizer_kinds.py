@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -12,6 +14,7 @@ from newllm.data.hub import fetch_file
 from newllm.data.tokenizer import END_OF_TEXT, Tokenizer, byte_of_character, load_tokenizer
 
 HUB_REPOSITORIES = {"pythia": "EleutherAI/pythia-70m", "gpt2": "openai-community/gpt2"}
+TRAINED = ("bpe", "unigram")
 NUM_BYTES = 256
 SCORE_DIGITS = 9  # decimals of a unigram score, in nats
 NEVER = -1e6  # score of a piece that is worse than any spelling
@@ -35,6 +38,12 @@ def ready_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
             path = fetch_file(HUB_REPOSITORIES[config.kind], "tokenizer.json", key=f"tokenizer={config.kind}")
             return load_tokenizer(path, vocab_size=config.vocab_size)
     return None
+
+
+def saved_tokenizer(config: TokenizerConfig, path: Path) -> TokenizerConfig:
+    """Return the configuration that reads the tokenizer a run of `config` has saved, with the same vocabulary size."""
+    is_trained = config.kind in TRAINED  # then the file holds exactly the run's vocabulary
+    return replace(config, kind="file", path=str(path), vocab_size=None if is_trained else config.vocab_size)
 
 
 def describe_training(config: TokenizerConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tokenizers import models
 
 from newllm.config.schema import TokenizerConfig
 from newllm.data.blocks import Blocks
+from newllm.data.tokenizer_kinds import saved_tokenizer
 
 
 @pytest.fixture
@@ -170,15 +172,22 @@ def test_a_text_that_the_vocabulary_does_not_know_is_refused(tmp_path: Path) -> 
         prepared(corpus, vocabulary(tmp_path, "ab"), block_length=1)
 
 
-def test_the_saved_tokenizer_gives_the_same_data(corpus: Path, tmp_path: Path) -> None:
-    trained = prepared(corpus, BPE)
-    assert trained.tokenizer is not None
-    trained.tokenizer.save(tmp_path / "tokenizer.json")
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "bytes"])
+def test_a_saved_tokenizer_gives_the_data_of_the_run_with_and_without_its_cache(
+    corpus: Path, tmp_path: Path, kind: str
+) -> None:
+    config = TokenizerConfig(kind=kind, vocab_size=None if kind == "bytes" else 262, path=None)  # type: ignore[arg-type]
+    run = prepared(corpus, config)
+    assert run.tokenizer is not None
+    run.tokenizer.save(tmp_path / "tokenizer.json")
+    saved = saved_tokenizer(config, tmp_path / "tokenizer.json")
 
-    again = prepared(corpus, TokenizerConfig(kind="file", vocab_size=None, path=str(tmp_path / "tokenizer.json")))
+    with_cache = prepared(corpus, saved)
+    shutil.rmtree(tmp_path / "cache")
+    without_cache = prepared(corpus, saved)
 
-    assert again.fingerprint == trained.fingerprint
-    assert again.facts["cache"]["path"] != trained.facts["cache"]["path"]
+    assert with_cache.facts["cache"] == run.facts["cache"]
+    assert run.fingerprint == with_cache.fingerprint == without_cache.fingerprint
 
 
 def test_bytes_of_tokens_are_the_bytes_of_the_text(corpus: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from newllm.config.command_line import check_command_line
+from newllm.config.command_line import check_command_line, no_empty_folder
 from newllm.config.library import chosen_by_default, conf_folder, options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +99,7 @@ def test_a_run_gets_typed_values_and_a_folder_of_its_own(tmp_path: Path) -> None
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(rf"got TrainConfig {folder} \['name=mine', 'model=infini'\] None\n", result.stdout)
     assert result.stderr == ""
-    assert [path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_debug_nan_is_an_option_though_the_grammar_reads_a_number(tmp_path: Path) -> None:
@@ -122,12 +122,26 @@ def test_jobs_of_a_sweep_have_folders_named_by_their_overrides(tmp_path: Path) -
 
 def test_a_job_of_a_sweep_resumes_its_own_folder(tmp_path: Path) -> None:
     folder = re.findall(r"outputs/\S+", call_stand_in("-m", "seed=0,1", cwd=tmp_path).stdout)[1]
-    (tmp_path / folder / "checkpoints").mkdir()
+    (tmp_path / folder / "checkpoints").mkdir(parents=True)
     (tmp_path / folder / "checkpoints" / "last.ckpt").touch()
 
     result = call_stand_in("-m", "seed=0,1", "resume=auto", cwd=tmp_path)
 
     assert [line.rpartition(" ")[2] for line in result.stdout.splitlines()] == ["None", folder]
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_only_a_folder_with_a_run_in_it_stays(is_kept: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "outputs" / "mine" / "run"
+    folder.mkdir(parents=True)
+
+    with pytest.raises(SystemExit), no_empty_folder(folder):
+        if is_kept:
+            (folder / "run.json").touch()
+        raise SystemExit(2)
+
+    assert folder.exists() == is_kept
+    assert (tmp_path / "outputs").exists()
 
 
 def test_cfg_shows_the_configuration(tmp_path: Path) -> None:

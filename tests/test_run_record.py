@@ -21,7 +21,7 @@ FACTS: dict[str, Any] = {
     "parameters": {"total": 12},
     "state_bytes": 64,
     "flops_per_token": 100,
-    "guards": {"causality": "passed"},
+    "guards": [{"name": "causality", "status": "passed", "message": "No logit reads a later token."}],
 }
 END: dict[str, Any] = {
     "tokens": 640,

@@ -1,0 +1,100 @@
+"""Finding runs: every run folder below the given ones, and what could not be read."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from newllm.config.typed import flat, is_run_independent
+from newllm.run_record import Metrics, Run, read_metrics, read_run
+
+# What a run writes from its first second on: a folder that has one of these without the others was damaged.
+SIGNS = frozenset(("run.json", "config.yaml", "metrics.jsonl"))
+VERDICT = frozenset(("name", "status", "message"))
+
+
+@dataclass(frozen=True)
+class RunCurves:
+    """A run and its log steps.
+
+    Attributes:
+        run: facts and configuration.
+        lines: log steps of metrics.jsonl.
+        settings: leaves of the configuration that decide what is computed, by dotted key, without the seed.
+    """
+
+    run: Run
+    lines: Sequence[Metrics]
+    settings: dict[str, Any]
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.run.facts["seed"]
+
+    @property
+    def status(self) -> str:
+        """finished, stopped, failed or running (which may mean killed)."""
+        return self.run.facts["status"]
+
+    def last(self, name: str) -> float | None:
+        """Return the last logged value of a metric; None where it never was."""
+        value = next((line[name] for line in reversed(self.lines) if name in line), None)
+        return self.run.facts.get("metrics", {}).get(name, value)
+
+    def best(self, name: str) -> float | None:
+        """Return the best value that run.json holds for a metric; None before the run's end."""
+        return self.run.facts.get("best_metrics", {}).get(name)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A folder that looks like a run and cannot be read, and why."""
+
+    folder: Path
+    reason: str
+
+
+def run_folders(folder: Path) -> Iterator[Path]:
+    """Yield the run folders at or below a folder, sorted; hidden folders are left alone."""
+    for place, subfolders, files in os.walk(folder):
+        if SIGNS & set(files):
+            subfolders.clear()
+            yield Path(place)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+
+
+def collect(folders: Iterable[Path]) -> tuple[list[RunCurves], list[Unreadable]]:
+    """Read all runs at or below the given folders, each once; what cannot be read is returned with its reason."""
+    runs: list[RunCurves] = []
+    unreadable: list[Unreadable] = []
+    seen: set[Path] = set()
+    for folder in folders:
+        found = list(run_folders(folder))
+        if not found:
+            unreadable.append(Unreadable(folder, "holds no run" if folder.is_dir() else "is no folder"))
+        for place in found:
+            if place.resolve() in seen:
+                continue
+            seen.add(place.resolve())
+            try:
+                runs.append(_read(place))
+            except ValueError as error:
+                unreadable.append(Unreadable(place, str(error)))
+    return runs, unreadable
+
+
+def _read(folder: Path) -> RunCurves:
+    run = read_run(folder)
+    guards = run.facts.get("guards", [])
+    is_ours = {"seed", "status"} <= run.facts.keys() and isinstance(guards, list)
+    if not is_ours or not all(isinstance(guard, dict) and guard.keys() >= VERDICT for guard in guards):
+        raise ValueError(
+            f"{folder / 'run.json'}: was written by another version. Allowed: seed, status, and guards as a list of "
+            f"{', '.join(sorted(VERDICT))}. Train again."
+        )
+    settings = {key: value for key, value in flat(run.config).items() if not is_run_independent(key)}
+    for key in ("name", "seed"):
+        settings.pop(key, None)
+    return RunCurves(run, read_metrics(folder), settings)

@@ -135,9 +135,10 @@ def test_only_a_folder_with_a_run_in_it_stays(is_kept: bool, tmp_path: Path) -> 
     folder = tmp_path / "outputs" / "mine" / "run"
     folder.mkdir(parents=True)
 
+    if is_kept:
+        (folder / "run.json").touch()
+
     with pytest.raises(SystemExit), no_empty_folder(folder):
-        if is_kept:
-            (folder / "run.json").touch()
         raise SystemExit(2)
 
     assert folder.exists() == is_kept

@@ -14,7 +14,7 @@ LEAVES = sorted(flat(dict(load("train", []))))
 MISTAKES = [
     (["model=infni"], r"^model=infni: infni is not an option of model\. Allowed: .*infini, .*Closest: infini\.$"),
     (["trainr=lct"], r"^trainr=lct: is neither a group nor a key\. Allowed: .*trainer\. Closest: trainer\.$"),
-    (["modle.dim=3"], r"^modle\.dim=3: is neither a group nor a key\. Allowed: .* Closest: model\.dim\.$"),
+    (["modell.dim=3"], r"^modell\.dim=3: is neither a group nor a key\. Allowed: .* Closest: model\.dim\.$"),
     (["max_steps=3"], r"Closest: trainer\.max_steps\.$"),
     (["+unknown=1"], r"^\+unknown=1: is neither a group nor a key\. Allowed: .*, trainer\.$"),
     (["+model.dimm=3"], r"^\+model\.dimm=3: is not a key of model\. Allowed: .*dim, .* Closest: model\.dim\.$"),
@@ -40,7 +40,10 @@ MISTAKES = [
     (["seed=null"], r"^seed=null: is not an integer\. Allowed: an integer at least 0"),
     (["trainer=lct", "trainer.cache=rom"], r"^trainer\.cache=rom: .*Allowed: disk, none, ram\. Closest: ram\.$"),
     (["model.feedback=aditive"], r"^model\.feedback=aditive: .*Allowed: additive, gated, none\. Closest: additive\.$"),
-    (["model.dim=${siz.dim}"], r"^model\.dim=\$\{siz\.dim\}: cannot be resolved \(Interpolation key 'siz\.dim' not"),
+    (
+        ["model.dim=${sizes.dim}"],
+        r"^model\.dim=\$\{sizes\.dim\}: cannot be resolved \(Interpolation key 'sizes\.dim' not",
+    ),
     (["x=[1"], r"^x=\[1: cannot be read as an override .*Allowed: key=value, group=option, key=\[a,b\]\."),
     (["seed"], r"^seed: cannot be read as an override"),
     (["seed=1,2"], r"^seed=1,2: is several values for one run\. Allowed: one value\. Add -m"),

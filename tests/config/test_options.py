@@ -48,7 +48,7 @@ def test_every_kind_beside_code_is_offered() -> None:
 
 
 def _kinds_in(group: str) -> set[str]:
-    texts = [(conf_folder() / group / f"{option}.yaml").read_text() for option in options(group)]
+    texts = [file.read_text() for file in (conf_folder() / group).rglob("*.yaml")]
     return {kind for text in texts for kind in re.findall(r"^kind: (\w+)", text, flags=re.MULTILINE)}
 
 

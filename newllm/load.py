@@ -44,7 +44,7 @@ class LoadedRun:
     @cached_property
     def data(self) -> TextDataModule:
         """The run's data, cut as it was; tokenised texts come from the cache folder or are made again."""
-        data = build_data(self.config)
+        data = build_data(self.config, tokenizer_file=self.tokenizer_file)
         data.prepare()
         expected = self.facts.get("data_fingerprint")
         if expected is not None and data.fingerprint != expected:
@@ -53,6 +53,12 @@ class LoadedRun:
                 "Allowed: the same texts. Bring back the files or the package version of the run (run.json lists it)."
             )
         return data
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The tokenizer the run has saved; None where its data are token ids."""
+        file = self.folder / "tokenizer.json"
+        return file if file.is_file() else None
 
     @cached_property
     def tokenizer(self) -> Any:

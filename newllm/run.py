@@ -123,7 +123,8 @@ def _prepare(config: TrainConfig, folder: Path) -> Prepared:
     if checkpoint is not None:
         read_checkpoint(checkpoint)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    data = build_data(config)
+    saved = folder / "tokenizer.json"
+    data = build_data(config, tokenizer_file=saved if checkpoint is not None and saved.is_file() else None)
     data.prepare()
     # The weights depend on the seed alone, not on how many numbers reading the data drew.
     torch.manual_seed(config.seed)

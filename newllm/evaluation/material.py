@@ -38,7 +38,7 @@ class Material:
         if batch_size is None:
             return cls(run, run.data, split)
         config = dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, eval_batch_size=batch_size))
-        data = build_data(config)
+        data = build_data(config, tokenizer_file=run.tokenizer_file)
         data.prepare()
         return cls(run, data, split)
 

@@ -15,7 +15,7 @@ from newllm.config.fields import Range
 from newllm.config.schema import ModelConfig
 from newllm.layers.context_block import ContextBlock, TokenBlock, initialise
 from newllm.models.base import LanguageModel, ModelOutput
-from newllm.models.context_state import ContextState, empty_context_state, token_window
+from newllm.models.context_state import ContextState, token_window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +84,10 @@ class ContextLM(LanguageModel):
     def initial_state(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> ContextState:
-        weight = self.embedding.weight
-        return empty_context_state(
-            batch_size,
-            context_dim=self.context_dim,
-            token_dim=self.token_dim,
-            num_input_tokens=self.config.num_input_tokens,
-            device=device or weight.device,
-            dtype=dtype or weight.dtype,
-        )
+        like = self.embedding.weight.new_empty(0, device=device, dtype=dtype)
+        context = like.new_zeros(batch_size, self.context_dim)
+        window = like.new_zeros(batch_size, self.config.num_input_tokens - 1, self.token_dim)
+        return ContextState(context, window, (0,) * batch_size, self.token_dim)
 
     def encode(
         self,
@@ -112,7 +107,7 @@ class ContextLM(LanguageModel):
         predicting = self.token_block(tokens, contexts=contexts, previous_context=previous_context)
         length = input_ids.shape[1]
         positions = tuple(position + length for position in state.positions)
-        next_state = ContextState(contexts[-1][:, -1], window, positions)
+        next_state = ContextState(contexts[-1][:, -1], window, positions, self.token_dim)
         return ModelOutput(None, torch.cat([contexts[-1], predicting], dim=-1), next_state)
 
     def logits(self, hidden: Tensor) -> Tensor:

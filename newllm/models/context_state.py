@@ -1,11 +1,11 @@
 """What the context models carry from token to token.
 
-C: context size. D: width of what the prediction is read from. k: token embeddings that enter a position.
+C: context size. D: width of a token embedding. k: token embeddings that enter a position.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,41 +15,20 @@ from newllm.state import State
 
 @dataclass(frozen=True)
 class ContextState(State):
-    """Context of the last position [B, C], embeddings that the next position still reads [B, k - 1, D], tokens read per row."""
+    """Context of the last position [B, C], embeddings that the next position still reads [B, k - 1, D], tokens read per row, and the
+    width of the states' other part, from which a model predicts.
+    """
 
     context: Tensor
     window: Tensor
     positions: tuple[int, ...]
+    predicting_dim: int = field(metadata={"shared": True})
 
     @property
     def hidden(self) -> Tensor:
-        """What a recurrence feeds back, [B, C + D]: the context; the part that only predicts is never read and is zero."""
-        unread = self.context.new_zeros(self.context.shape[0], self.window.shape[2])
+        """What a recurrence feeds back [B, C + predicting_dim]: the context; the other part is never read and is zero."""
+        unread = self.context.new_zeros(self.context.shape[0], self.predicting_dim)
         return torch.cat([self.context, unread], dim=-1)
-
-
-def empty_context_state(
-    batch_size: int,
-    *,
-    context_dim: int,
-    token_dim: int,
-    num_input_tokens: int = 1,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> ContextState:
-    """Return the state of texts that have not begun.
-
-    Args:
-        batch_size: B.
-        context_dim: C.
-        token_dim: D.
-        num_input_tokens: k.
-        device: of the tensors.
-        dtype: of the tensors.
-    """
-    context = torch.zeros(batch_size, context_dim, device=device, dtype=dtype)
-    window = torch.zeros(batch_size, num_input_tokens - 1, token_dim, device=device, dtype=dtype)
-    return ContextState(context, window, (0,) * batch_size)
 
 
 def token_window(embedded_BTD: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:

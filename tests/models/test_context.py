@@ -1,76 +1,13 @@
-"""The context model: one recurrence however it is run, layers as defined, the published counts."""
+"""The context model: layers as defined, the published counts."""
 
 import pytest
 import torch
-from small_context import VOCABULARY, context_config, context_model, in_calls, tokens
-from torch.utils.flop_counter import FlopCounterMode
+from small_context import VOCABULARY, context_config, context_model, tokens
 
 from newllm.layers.context_block import ContextLayer, TokenBlock, TokenLayer, context_sources
 from newllm.models.base import count_parameters
 from newllm.models.context import ContextLM
 from newllm.models.context_state import token_window
-from newllm.recurrence import solve
-from newllm.trainers.lag import sweep_map
-
-EVERY = [
-    *({"plan": plan} for plan in "AEFG"),
-    {"num_input_tokens": 3},
-    {"num_input_tokens": 2, "plan": "G", "ffn_layers": 2},
-    {"weight_tying": False},
-    {"num_layers": 1},
-]
-IDS = ["-".join(f"{key}={value}" for key, value in options.items()) for options in EVERY]
-# fp32 sums of some tens of terms, in another order.
-TOLERANCE = 1e-5
-
-
-@pytest.mark.parametrize("options", EVERY, ids=IDS)
-@pytest.mark.parametrize("length", [1, 2, 5])
-def test_calls_of_any_length_equal_one_pass(options, length):
-    model, input_ids = context_model(**options), tokens(2, 7)
-
-    whole = model(input_ids)
-    cut, state = in_calls(model, input_ids, length)
-
-    torch.testing.assert_close(cut, whole.logits, atol=TOLERANCE, rtol=TOLERANCE)
-    torch.testing.assert_close(state.context, whole.state.context, atol=TOLERANCE, rtol=TOLERANCE)
-    assert state.positions == (7, 7)
-
-
-@pytest.mark.parametrize("options", EVERY, ids=IDS)
-def test_as_many_sweeps_as_positions_equal_the_exact_pass(options):
-    model, input_ids = context_model(**options).double(), tokens(2, 7)
-    noise = torch.randn(2, 7, model.dim, dtype=torch.float64)
-
-    swept = solve(sweep_map(model, input_ids), noise, sweeps=7).states
-
-    exact = model(input_ids)
-    torch.testing.assert_close(swept, exact.hidden, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(model.logits(swept), exact.logits, atol=1e-12, rtol=1e-12)
-
-
-@pytest.mark.parametrize("options", EVERY, ids=IDS)
-def test_a_token_changes_nothing_before_it_but_its_own_and_the_next_position(options):
-    model, input_ids = context_model(**options), tokens(1, 6)
-    before = model(input_ids).logits
-    for position in range(1, 6):
-        changed = input_ids.clone()
-        changed[:, position] = (changed[:, position] + 1) % VOCABULARY
-
-        after = model(changed).logits
-
-        assert torch.equal(after[:, :position], before[:, :position])
-        assert (after - before)[:, position : position + 2].abs().amax(-1).min() > 1e-4
-
-
-def test_only_the_context_is_read_from_the_position_before():
-    model, input_ids = context_model(), tokens(2, 5)
-    previous = torch.randn(2, 5, model.dim)
-    other = torch.cat([previous[..., : model.context_dim], torch.randn(2, 5, model.token_dim)], dim=-1)
-
-    assert torch.equal(
-        model(input_ids, previous_hidden=previous).hidden, model(input_ids, previous_hidden=other).hidden
-    )
 
 
 def test_without_feedback_every_position_has_the_context_of_a_first_one():
@@ -82,16 +19,6 @@ def test_without_feedback_every_position_has_the_context_of_a_first_one():
     for position in range(5):
         alone = model(input_ids[:, position : position + 1]).hidden[:, 0]
         torch.testing.assert_close(hidden[:, position], alone)
-
-
-def test_rows_reset_where_a_text_begins_equal_new_texts():
-    model, first, second = context_model(num_input_tokens=3), tokens(2, 5), tokens(2, 4)
-    state = model(first).state.reset(torch.tensor([False, True]))
-
-    mixed = model(second, state).logits
-
-    torch.testing.assert_close(mixed[1], model(second[1:]).logits[0], atol=TOLERANCE, rtol=TOLERANCE)
-    assert not torch.allclose(mixed[0], model(second[:1]).logits[0], atol=1e-3)
 
 
 def test_context_layer_adds_to_the_context_and_reads_it_first():
@@ -165,31 +92,6 @@ def test_parameters_of_the_published_size(weight_tying, total):
     assert count_parameters(model.context_block)["total"] == 7_091_712
 
 
-@pytest.mark.parametrize("options", EVERY, ids=IDS)
-def test_flops_are_those_of_one_sweep(options):
-    model, input_ids = context_model(**options), tokens(2, 5)
-
-    with FlopCounterMode(display=False) as counter:
-        model(input_ids, previous_hidden=torch.zeros(2, 5, model.dim))
-
-    assert counter.get_total_flops() == 10 * model.flops_per_token(5)
-
-
-@pytest.mark.parametrize("options", EVERY, ids=IDS)
-def test_state_bytes_are_those_of_the_tensors(options):
-    model = context_model(**options)
-
-    assert model(tokens(2, 5)).state.nbytes == 2 * model.state_bytes(5)
-
-
-def test_gradient_reaches_every_parameter():
-    model, input_ids = context_model(weight_tying=False, num_input_tokens=2), tokens(2, 5)
-
-    model(input_ids).logits.square().sum().backward()
-
-    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-
-
 @pytest.mark.parametrize(("init", "weights", "biases"), [("small", 0.02, 0.0), ("original", 0.1, 0.01)])
 def test_weights_start_as_wide_as_init_says(init, weights, biases):
     torch.manual_seed(0)
@@ -199,16 +101,3 @@ def test_weights_start_as_wide_as_init_says(init, weights, biases):
 
     assert linear.weight.std().item() == pytest.approx(weights, rel=0.05)
     assert linear.bias.std().item() == pytest.approx(biases, rel=0.3)
-
-
-def test_as_many_differentiated_sweeps_as_positions_give_the_gradient_through_time():
-    model, input_ids = context_model().double(), tokens(2, 5)
-    parameters = list(model.context_block.parameters())
-
-    exact = torch.autograd.grad(model(input_ids).logits.square().sum(), parameters)
-    start = torch.randn(2, 5, model.dim, dtype=torch.float64)
-    states = solve(sweep_map(model, input_ids), start, sweeps=5, differentiate=5).states
-    swept = torch.autograd.grad(model.logits(states).square().sum(), parameters)
-
-    for one, other in zip(exact, swept, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-9)

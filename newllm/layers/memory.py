@@ -1,11 +1,13 @@
-"""Compressive memory: associations kept as matrices of a fixed size, written a segment at a time and read by every later position.
+"""Compressive memory as a value: associations kept as matrices of a fixed size, in banks that are written in turn.
 
-N: memory banks of a layer. S: tokens of the segment that is written.
+N: memory banks of a layer.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import reduce
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,27 +18,59 @@ from newllm.state import State
 WriteRule = Literal["linear", "delta"]
 
 
-@dataclass(frozen=True)
-class LinearMemory(State):
-    """Associations [B, N, H, d, d] (key x value) and normaliser [B, N, H, d]; a bank is empty while its normaliser is zero."""
+class Bank(NamedTuple):
+    """One memory, all of it sums over the tokens written; a kernel leaves out what it does not use (size 0).
+
+    Attributes:
+        matrix: associations, key x value [B, H, d, d].
+        norm: sum of the keys' features [B, H, d]; zero while nothing was written.
+        value_sum: sum of the values [B, H, d].
+        tokens: how many were written [B, 1].
+        gram: sum of products of key features [B, H, d, d].
+    """
 
     matrix: Tensor
     norm: Tensor
+    value_sum: Tensor
+    tokens: Tensor
+    gram: Tensor
+
+    def plus(self, **changes: Tensor) -> Bank:
+        """Return the bank with something added to the sums that are named."""
+        return self._replace(**{name: getattr(self, name) + change for name, change in changes.items()})
+
+
+@dataclass(frozen=True)
+class LinearMemory(State):
+    """The banks of a layer, every tensor of `Bank` with the banks on axis 1, and the rule that wrote them."""
+
+    matrix: Tensor
+    norm: Tensor
+    value_sum: Tensor
+    tokens: Tensor
+    gram: Tensor
+    rule: WriteRule = field(metadata={"shared": True})
 
     def is_empty(self) -> Tensor:
         """Return True for banks never written, [B, N]."""
         return self.norm.sum(dim=(2, 3)) == 0
 
+    def banks(self) -> list[Bank]:
+        """Return the banks one by one."""
+        return [Bank(*tensors) for tensors in zip(*(tensor.unbind(1) for tensor in self._sums()), strict=True)]
 
-class Reading(NamedTuple):
-    """What a memory answers, before normalisation: numerator [B, N, H, T, d] and denominator [B, N, H, T, 1]."""
+    def with_banks(self, banks: Sequence[Bank]) -> LinearMemory:
+        """Return the memory with all banks replaced."""
+        matrix, norm, value_sum, tokens, gram = (torch.stack(tensors, dim=1) for tensors in zip(*banks, strict=True))
+        return LinearMemory(matrix, norm, value_sum, tokens, gram, self.rule)
 
-    numerator: Tensor
-    denominator: Tensor
+    def where(self, is_kept_N: Sequence[bool], other: LinearMemory) -> LinearMemory:
+        """Return this memory's banks where `is_kept_N` is True, the other's elsewhere."""
+        pairs = zip(is_kept_N, self.banks(), other.banks(), strict=True)
+        return self.with_banks([own if is_kept else others for is_kept, own, others in pairs])
 
-    def values(self) -> Tensor:
-        """Return values [B, N, H, T, d]: zeros where there is nothing to read."""
-        return divide(self.numerator, self.denominator)
+    def _sums(self) -> tuple[Tensor, ...]:
+        return self.matrix, self.norm, self.value_sum, self.tokens, self.gram
 
 
 def feature_map(tensor: Tensor) -> Tensor:
@@ -48,59 +82,38 @@ def feature_map(tensor: Tensor) -> Tensor:
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Return numerator / denominator, 0 where the denominator is 0, with finite gradients there too."""
-    is_zero = denominator == 0
-    return (numerator / denominator.masked_fill(is_zero, 1)).masked_fill(is_zero, 0)
+    """Return numerator / denominator where the denominator is not 0, the numerator where it is: 0 for sums over nothing."""
+    return numerator / (denominator + (denominator == 0))
 
 
-def empty_memory(
-    batch_size: int, num_banks: int, num_heads: int, head_dim: int, *, device: torch.device, dtype: torch.dtype
-) -> LinearMemory:
-    """Return a memory that was never written."""
-    shape = (batch_size, num_banks, num_heads, head_dim)
-    return LinearMemory(
-        torch.zeros(*shape, head_dim, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-    )
+def total(banks: Sequence[Bank]) -> Bank:
+    """Return one bank that holds what all of them hold; exact if they were written by the linear rule."""
+    return Bank(*(reduce(torch.add, tensors) for tensors in zip(*banks, strict=True)))
 
 
-def memory_bytes(num_banks: int, num_heads: int, head_dim: int) -> int:
-    """Return the bytes of one text's memory in fp32."""
-    return 4 * num_banks * num_heads * head_dim * (head_dim + 1)
-
-
-def read(memory: LinearMemory, features_BHTd: Tensor) -> Reading:
-    """Return what every bank associates with each query.
+def merge(memories: Sequence[LinearMemory]) -> LinearMemory:
+    """Return the memory of one reader of all the texts: memories are sums over tokens, and add up bank by bank.
 
     Args:
-        memory: what was written so far.
-        features_BHTd: queries after the feature map.
-    Source: Infini-attention (Munkhdalai et al., 2024), eq. 3. Differs: zeros, not 0/0, while a bank is empty.
+        memories: of equal layers and batch sizes.
+    Raises:
+        ValueError: nothing to merge, a memory that the delta rule wrote, or memories of different shapes.
     """
-    queries = features_BHTd.unsqueeze(1)  # [B, 1, H, T, d]
-    return Reading(queries @ memory.matrix, queries @ memory.norm.unsqueeze(-1))
-
-
-def write(memory: LinearMemory, bank: int, features_BHSd: Tensor, values_BHSd: Tensor, rule: WriteRule) -> LinearMemory:
-    """Return the memory with one segment written to one bank; associations and normaliser sum over the same tokens.
-
-    Args:
-        memory: what was written so far.
-        bank: index of the bank to write.
-        features_BHSd: keys of the segment after the feature map.
-        values_BHSd: values of the segment.
-        rule: "linear" adds the values; "delta" adds what the bank does not already answer for the keys.
-    Source: Infini-attention, eq. 4 (linear) and 5 (delta).
-    """
-    matrix, norm = memory.matrix[:, bank], memory.norm[:, bank]
-    if rule == "delta":
-        values_BHSd = values_BHSd - divide(features_BHSd @ matrix, features_BHSd @ norm.unsqueeze(-1))
-    matrix = matrix + features_BHSd.transpose(-1, -2) @ values_BHSd
-    norm = norm + features_BHSd.sum(dim=2)
-    return LinearMemory(_replace(memory.matrix, bank, matrix), _replace(memory.norm, bank, norm))
-
-
-def _replace(banks: Tensor, bank: int, changed: Tensor) -> Tensor:
-    """Return the banks [B, N, ...] with one of them changed, out of place."""
-    if banks.shape[1] == 1:
-        return changed.unsqueeze(1)
-    return torch.cat([banks[:, :bank], changed.unsqueeze(1), banks[:, bank + 1 :]], dim=1)
+    if not memories:
+        raise ValueError("merge: was given no memories. Allowed: one or more. Give the memories to add.")
+    if any(memory.rule == "delta" for memory in memories):
+        raise ValueError(
+            "merge: a memory was written by the delta rule, where what is written depends on what was there. "
+            "Allowed: memories of write=linear. Let one reader read both texts."
+        )
+    first = memories[0]
+    for memory in memories[1:]:
+        for name, own, other in zip(Bank._fields, first._sums(), memory._sums(), strict=True):
+            if own.shape != other.shape:
+                raise ValueError(
+                    f"merge: {name} has shapes {list(own.shape)} and {list(other.shape)}. Allowed: memories of one layer. "
+                    "Merge memories of the same model and batch size."
+                )
+    sums = zip(*(memory._sums() for memory in memories), strict=True)
+    matrix, norm, value_sum, tokens, gram = (reduce(torch.add, tensors) for tensors in sums)
+    return LinearMemory(matrix, norm, value_sum, tokens, gram, first.rule)

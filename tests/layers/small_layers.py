@@ -17,6 +17,7 @@ _MEMORY: dict[str, Any] = {
     "segment_length": SEGMENT,
     "memory_heads": 1,
     "memory_kernel": "elu",
+    "ridge_penalty": 0.1,
     "write": "delta",
     "local": "linear",
     "mix": "gate",
@@ -25,6 +26,8 @@ _MEMORY: dict[str, Any] = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "pythia": {"rotary_share": 0.5, "rotary_base": 10000.0, "window": None},
     "infini": {**_MEMORY, "num_memory_banks": 1, "segments_per_bank": 2},
+    "multi_memory": {**_MEMORY, "memory_heads": 2, "num_memories": 3},
+    "hierarchical": {**_MEMORY, "memory_heads": 2, "num_memories": 3, "expand_threshold": None},
 }
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "pythia": ("pythia", {}),
@@ -36,6 +39,22 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "infini-joint": ("infini", {"mix": "joint", "write": "linear"}),
     "infini-heads-banks": ("infini", {"memory_heads": 2, "num_memory_banks": 3}),
     "infini-joint-banks": ("infini", {"mix": "joint", "num_memory_banks": 2, "segments_per_bank": 1}),
+    "infini-centred": ("infini", {"memory_kernel": "centred", "write": None}),
+    "infini-ridge": ("infini", {"memory_kernel": "ridge", "write": None, "memory_heads": 2}),
+    "infini-ridge-banks": ("infini", {"memory_kernel": "ridge", "write": None, "num_memory_banks": 2}),
+    "infini-delta-token": ("infini", {"memory_kernel": "delta_token", "write": None}),
+    "infini-delta-token-only": ("infini", {"memory_kernel": "delta_token", "write": None, "local": "none"}),
+    "infini-delta-token-banks": ("infini", {"memory_kernel": "delta_token", "write": None, "num_memory_banks": 3}),
+    "multi": ("multi_memory", {}),
+    "multi-joint": ("multi_memory", {"mix": "joint", "write": "linear"}),
+    "multi-centred": ("multi_memory", {"memory_kernel": "centred", "write": None}),
+    "multi-ridge": ("multi_memory", {"memory_kernel": "ridge", "write": None}),
+    "multi-delta-token": ("multi_memory", {"memory_kernel": "delta_token", "write": None}),
+    "hierarchical": ("hierarchical", {}),
+    "hierarchical-threshold": ("hierarchical", {"expand_threshold": 0.5}),
+    "hierarchical-centred": ("hierarchical", {"memory_kernel": "centred", "write": None}),
+    "hierarchical-ridge": ("hierarchical", {"memory_kernel": "ridge", "write": None}),
+    "hierarchical-delta-token": ("hierarchical", {"memory_kernel": "delta_token", "write": None}),
 }
 MEMORY_OPTIONS = [name for name, (kind, _) in OPTIONS.items() if kind != "pythia"]
 

@@ -1,5 +1,7 @@
 """What holds for every layer and every option of it."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from newllm.state import tensors_of
 
+
+def solve_flops(matrix, sides, *_, out_shape=None, **__):
+    """LU factors, then every right side forward and back."""
+    *batch, size = matrix[:-1]
+    return math.prod(batch) * (2 / 3 * size**3 + 2 * size**2 * sides[-1])
+
+
+def triangular_flops(matrix, sides, *_, out_shape=None, **__):
+    *batch, size = matrix[:-1]
+    return math.prod(batch) * size**2 * sides[-1]
+
+
+# The counter knows products only.
+SOLVES = {
+    torch.ops.aten._linalg_solve_ex: solve_flops,
+    torch.ops.aten.linalg_solve_triangular: triangular_flops,
+}
 # fp32 sums of some tens of terms, in another order.
 TOLERANCE = 1e-5
 
@@ -133,7 +152,11 @@ def test_flops_per_token_count_the_real_products(name, length):
     layer = build(name)
 
     # The counter knows no fused attention on CPU; the plain path multiplies the same matrices.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    with (
+        FlopCounterMode(display=False, custom_mapping=SOLVES) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+        torch.no_grad(),
+    ):
         layer(texts(2, length), empty(layer, 2))
 
     assert counter.get_total_flops() == pytest.approx(2 * length * layer.flops_per_token(length))

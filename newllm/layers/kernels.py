@@ -1,0 +1,273 @@
+"""Memory kernels: how a bank stores associations and answers queries. The paper's, and two that take out what all keys share.
+
+m: queries of a segment that are asked in this call. L: tokens of the segment so far. n: segments side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from newllm.layers.memory import Bank, LinearMemory, WriteRule, divide
+from newllm.layers.segments import Segments
+
+
+class Segment(NamedTuple):
+    """One segment as a memory sees it; tensors without the axis of segments.
+
+    Attributes:
+        queries: features of the queries [B, H, m, d].
+        keys: features of the keys [B, H, L, d].
+        values: [B, H, L, d].
+        products: what the kernel computed ahead for all segments of a call.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    products: tuple[Tensor, ...] = ()
+
+
+class Kernel:
+    """What a memory layer asks of a kernel; as it stands here, the linear write that all but the delta rules share.
+
+    Attributes:
+        rule: "linear" adds every value; "delta" adds what the bank does not already answer.
+        keeps: sums of `Bank` it needs besides matrix and norm.
+        has_strengths: tokens say how much of their value they write.
+        reads_open_segment: reads see the tokens of the query's own segment too, up to the query.
+    """
+
+    keeps: ClassVar[frozenset[str]] = frozenset()
+    has_strengths: ClassVar[bool] = False
+    reads_open_segment: ClassVar[bool] = False
+
+    def __init__(self, rule: WriteRule = "linear") -> None:
+        self.rule: WriteRule = rule
+
+    def empty(
+        self,
+        batch_size: int,
+        num_banks: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> LinearMemory:
+        """Return a memory that was never written."""
+
+        def zeros(name: str, *shape: int) -> Tensor:
+            is_kept = name in ("matrix", "norm") or name in self.keeps
+            sizes = shape if is_kept else (*shape[:-1], 0)
+            return torch.zeros(batch_size, num_banks, *sizes, device=device, dtype=dtype)
+
+        return LinearMemory(
+            zeros("matrix", num_heads, head_dim, head_dim),
+            zeros("norm", num_heads, head_dim),
+            zeros("value_sum", num_heads, head_dim),
+            zeros("tokens", 1),
+            zeros("gram", num_heads, head_dim, head_dim),
+            rule=self.rule,
+        )
+
+    def memory_bytes(self, num_banks: int, num_heads: int, head_dim: int) -> int:
+        """Return the bytes of one text's memory in fp32."""
+        per_head = head_dim * (head_dim + 1)
+        per_head += head_dim * ("value_sum" in self.keeps) + head_dim**2 * ("gram" in self.keeps)
+        return 4 * num_banks * (num_heads * per_head + ("tokens" in self.keeps))
+
+    def split(self, segments: Segments) -> list[Segment]:
+        """Return the segments one by one."""
+        tensors = segments.query_features, segments.key_features, segments.values
+        return [Segment(*parts) for parts in zip(*(tensor.unbind(2) for tensor in tensors), strict=True)]
+
+    def take(self, segment: Segment, index_BK: Tensor) -> Segment:
+        """Return the segment with only the chosen queries of each row, [B, H, K, d]."""
+        return segment._replace(queries=take_positions(segment.queries, index_BK))
+
+    def prepare(self, bank: Bank) -> Any:
+        """Return what reads of the bank share until it is written."""
+        return bank
+
+    def novelty(self, bank: Bank, segment: Segment) -> Tensor:
+        """Return the values [B, H, L, d] that writing the segment to the bank would associate with its keys."""
+        return segment.values
+
+    def read(self, prepared: Any, segment: Segment) -> Tensor:
+        """Return what the bank answers to the segment's queries [B, H, m, d]; zeros while it is empty."""
+        raise NotImplementedError
+
+    def read_open(self, segment: Segment, novelty: Tensor) -> Tensor:
+        """Return what the segment adds to the answers of the bank it goes to, if reads see the open segment."""
+        raise NotImplementedError
+
+    def write(self, bank: Bank, segment: Segment, novelty: Tensor) -> Bank:
+        """Return the bank with a closed segment written to it; all its sums run over the same tokens."""
+        turned = segment.keys.transpose(-1, -2)
+        return bank.plus(matrix=turned @ novelty, norm=segment.keys.sum(dim=2))
+
+    def prepare_flops(self, head_dim: int) -> float:
+        """Return the FLOPs of `prepare` on one head."""
+        return 0
+
+    def read_flops(self, head_dim: int) -> float:
+        """Return the FLOPs of one query on one head."""
+        return 2 * head_dim**2
+
+    def write_flops(self, head_dim: int) -> float:
+        """Return the FLOPs of one token written on one head."""
+        return 2 * head_dim**2
+
+    def segment_flops(self, length: int, head_dim: int) -> float:
+        """Return the FLOPs on one head of what a segment computes before it is written, closed or not."""
+        return 0
+
+
+class Elu(Kernel):
+    """Normalised linear attention over everything written.
+
+    Source: Infini-attention (Munkhdalai et al., 2024), eq. 3 to 5. Differs: zeros, not 0/0, while a bank is empty.
+    """
+
+    def read(self, prepared: Bank, segment: Segment) -> Tensor:
+        return divide(segment.queries @ prepared.matrix, segment.queries @ prepared.norm.unsqueeze(-1))
+
+    def sums(self, prepared: Bank, segment: Segment) -> Tensor:
+        """Return the reading before its division, numerator and denominator side by side [B, H, m, d + 1]."""
+        return segment.queries @ torch.cat([prepared.matrix, prepared.norm.unsqueeze(-1)], dim=-1)
+
+    def novelty(self, bank: Bank, segment: Segment) -> Tensor:
+        if self.rule == "linear":
+            return segment.values
+        return segment.values - divide(segment.keys @ bank.matrix, segment.keys @ bank.norm.unsqueeze(-1))
+
+    def read_flops(self, head_dim: int) -> float:
+        return 2 * head_dim * (head_dim + 1)
+
+    def write_flops(self, head_dim: int) -> float:
+        delta = 2 * head_dim * (head_dim + 1) if self.rule == "delta" else 0
+        return 2 * head_dim**2 + delta
+
+
+class Centred(Kernel):
+    """Associations of deviations from the mean key and the mean value: what all keys share cannot drown what tells them apart.
+
+    The features are positive, so any query answers mostly with the mean value; the centred sums leave that out. They have no
+    normaliser: 1 + n / d, for n tokens, keeps an answer as it is while keys are few, and bounded however many there are.
+    """
+
+    keeps = frozenset({"value_sum", "tokens"})
+
+    def prepare(self, bank: Bank) -> tuple[Tensor, Tensor]:
+        mean_key = bank.norm / bank.tokens.clamp(min=1).unsqueeze(-1)
+        centred = bank.matrix - mean_key.unsqueeze(-1) * bank.value_sum.unsqueeze(-2)
+        fill = 1 + bank.tokens / bank.norm.shape[-1]
+        return centred / fill[..., None, None], mean_key.unsqueeze(-2)
+
+    def read(self, prepared: tuple[Tensor, Tensor], segment: Segment) -> Tensor:
+        centred, mean_key = prepared
+        return (segment.queries - mean_key) @ centred
+
+    def write(self, bank: Bank, segment: Segment, novelty: Tensor) -> Bank:
+        written = super().write(bank, segment, novelty)
+        tokens = torch.full_like(bank.tokens, segment.values.shape[2])
+        return written.plus(value_sum=segment.values.sum(dim=2), tokens=tokens)
+
+
+class Ridge(Kernel):
+    """The linear map from keys to values with the least squared error over everything written.
+
+    Args:
+        penalty: weight of the map's own size, in units of 1 plus the keys' mean square summed over the tokens. Relative, so
+            that sums over a million tokens can still be solved in fp32.
+    """
+
+    keeps = frozenset({"gram"})
+
+    def __init__(self, penalty: float) -> None:
+        super().__init__()
+        self.penalty = penalty
+
+    def prepare(self, bank: Bank) -> Tensor:
+        scale = self.penalty * (1 + bank.gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True))  # [B, H, 1]
+        return torch.linalg.solve(bank.gram + torch.diag_embed(scale.expand_as(bank.norm)), bank.matrix)
+
+    def read(self, prepared: Tensor, segment: Segment) -> Tensor:
+        return segment.queries @ prepared
+
+    def write(self, bank: Bank, segment: Segment, novelty: Tensor) -> Bank:
+        return super().write(bank, segment, novelty).plus(gram=segment.keys.transpose(-1, -2) @ segment.keys)
+
+    def prepare_flops(self, head_dim: int) -> float:
+        return 8 / 3 * head_dim**3  # LU factors, then d right sides forward and back
+
+    def write_flops(self, head_dim: int) -> float:
+        return 4 * head_dim**2
+
+
+class DeltaToken(Kernel):
+    """The delta rule at every token: M += s k (v - k M), with unit keys and a strength s in 0 to 1 per token and head.
+
+    A segment is written at once, by the WY form of the product of its steps: with A = I + tril(s K K^T, -1), the values that
+    its tokens write are A^-1 (s V) - A^-1 (s K) M. Reads see every token up to their own, so the segments only decide banks.
+
+    Source: DeltaNet in parallel over the sequence (Yang et al., 2024), sections 2.2 and 3.2.
+    """
+
+    has_strengths = True
+    reads_open_segment = True
+
+    def __init__(self) -> None:
+        super().__init__("delta")
+
+    def split(self, segments: Segments) -> list[Segment]:
+        queries = torch.nn.functional.normalize(segments.queries, dim=-1)
+        keys = torch.nn.functional.normalize(segments.keys, dim=-1)
+        strong_keys = segments.strengths * keys
+        steps = (strong_keys @ keys.transpose(-1, -2)).tril(-1)  # [B, H, n, L, L]
+        sides = torch.cat([strong_keys, segments.strengths * segments.values], dim=-1)
+        erased, fresh = torch.linalg.solve_triangular(steps, sides, upper=False, unitriangular=True).chunk(2, dim=-1)
+        scores = queries @ keys.transpose(-1, -2)
+        scores = scores.tril(scores.shape[-1] - scores.shape[-2])  # [B, H, n, m, L]
+        products = zip(*(tensor.unbind(2) for tensor in (queries, keys, erased, fresh, scores)), strict=True)
+        return [part._replace(products=own) for part, own in zip(super().split(segments), products, strict=True)]
+
+    def take(self, segment: Segment, index_BK: Tensor) -> Segment:
+        queries, *middle, scores = segment.products
+        chosen = (take_positions(queries, index_BK), *middle, take_positions(scores, index_BK))
+        return super().take(segment, index_BK)._replace(products=chosen)
+
+    def novelty(self, bank: Bank, segment: Segment) -> Tensor:
+        _, _, erased, fresh, _ = segment.products
+        return fresh - erased @ bank.matrix
+
+    def read(self, prepared: Bank, segment: Segment) -> Tensor:
+        return segment.products[0] @ prepared.matrix
+
+    def read_open(self, segment: Segment, novelty: Tensor) -> Tensor:
+        return segment.products[4] @ novelty
+
+    def write(self, bank: Bank, segment: Segment, novelty: Tensor) -> Bank:
+        # The norm keeps the features' sum: where the keys of this bank lie, for the choice between memories.
+        keys = segment.products[1]
+        return bank.plus(matrix=keys.transpose(-1, -2) @ novelty, norm=segment.keys.sum(dim=2))
+
+    def segment_flops(self, length: int, head_dim: int) -> float:
+        squares = 2 * 3 * head_dim * length**2  # steps, scores, and the scores' sums of novelties
+        solve = 2 * head_dim * length**2  # half a square, twice as wide
+        return squares + solve + 2 * length * head_dim**2
+
+
+def take_positions(tensor_BHTd: Tensor, index_BK: Tensor) -> Tensor:
+    """Return the chosen positions of each row, [B, H, K, d]."""
+    return torch.take_along_dim(tensor_BHTd, index_BK[:, None, :, None], dim=2)
+
+
+def make_kernel(kind: str, rule: WriteRule | None, ridge_penalty: float) -> Kernel:
+    """Return the kernel of a configuration; `rule` None is the kernel's own."""
+    if kind == "elu":
+        return Elu(rule or "delta")
+    return {"centred": Centred, "delta_token": DeltaToken}[kind]() if kind != "ridge" else Ridge(ridge_penalty)

@@ -1,0 +1,298 @@
+"""What the memory layers share: attention inside segments, and memory of all segments before.
+
+m: queries of a segment that are asked in this call. n: segments side by side.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from newllm.config.fields import Range
+from newllm.config.schema import GroupConfig
+from newllm.layers.banks import Banks
+from newllm.layers.base import MLP, Layer
+from newllm.layers.kernels import make_kernel
+from newllm.layers.memory import divide
+from newllm.layers.memory_state import MemoryLayerState
+from newllm.layers.segments import Segments, Tokens, cut, linear_attention, side_by_side, softmax_attention
+from newllm.state import by_groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig(GroupConfig):
+    """Compressive memory beside attention inside the segment.
+
+    Attributes:
+        segment_length: tokens after which the memory is written.
+        memory_heads: heads of the memory; divides the hidden size.
+        memory_kernel: how associations are stored and read.
+        ridge_penalty: of kernel ridge, how much the size of its map counts beside its error, unitless.
+        write: "linear" adds every value; "delta" adds what the memory does not already answer; null: as the kernel does.
+        local: attention inside the segment.
+        mix: "gate" weighs memory and local by a learned gate per head; "joint" gives both one normaliser.
+        detach_every: segments after which the gradient through the memory is cut, within a call; null never cuts.
+    """
+
+    segment_length: Annotated[int, Range(minimum=1)]
+    memory_heads: Annotated[int, Range(minimum=1)]
+    memory_kernel: Literal["elu", "centred", "ridge", "delta_token"]
+    ridge_penalty: Annotated[float, Range(above=0)]
+    write: Literal["linear", "delta"] | None
+    local: Literal["linear", "softmax", "none"]
+    mix: Literal["gate", "joint"]
+    detach_every: Annotated[int, Range(minimum=1)] | None
+
+    def check(self, config: Any) -> list[str]:
+        """Return what is wrong with the layer's options in this model."""
+        problems = []
+        dim = config.model.dim
+        if dim % self.memory_heads:
+            allowed = ", ".join(str(n) for n in range(1, dim + 1) if dim % n == 0)
+            problems.append(
+                f"layers.memory_heads={self.memory_heads}: does not divide model.dim={dim}. Allowed: {allowed}. "
+                "Set layers.memory_heads to one of these or change model.dim."
+            )
+        own_rule = {"centred": "linear", "ridge": "linear", "delta_token": "delta"}.get(self.memory_kernel)
+        if own_rule is not None and self.write not in (None, own_rule):
+            problems.append(
+                f"layers.write={self.write}: is not how layers.memory_kernel={self.memory_kernel} writes. "
+                f"Allowed with it: {own_rule}, null. Set layers.write=null or layers.memory_kernel=elu."
+            )
+        if self.mix == "joint" and self.local == "softmax":
+            problems.append(
+                "layers.mix=joint: needs sums that memory and local attention share, layers.local=softmax has none. "
+                "Allowed with joint: local=linear, local=none. Set layers.local=linear or layers.mix=gate."
+            )
+        if self.mix == "joint" and self.memory_kernel != "elu":
+            problems.append(
+                f"layers.mix=joint: needs a memory read with a normaliser, layers.memory_kernel={self.memory_kernel} has none. "
+                "Allowed with joint: memory_kernel=elu. Set layers.memory_kernel=elu or layers.mix=gate."
+            )
+        return problems
+
+
+class Recall(NamedTuple):
+    """What the memories say to queries.
+
+    Attributes:
+        values: [B, H, m, d]; with mix=joint numerator and denominator side by side [B, H, m, d + 1].
+        facts: what a layer decided per position on the way, by name, each [B, m].
+    """
+
+    values: Tensor
+    facts: dict[str, Tensor]
+
+
+class Attended(NamedTuple):
+    """Attention of a call.
+
+    Attributes:
+        values: memory and local attention together [B, H, T, d].
+        recalled: the memory's answers [B, H, T, d].
+        gates: weight of the memory, 0 to 1 [B, H or 1, T, 1].
+    """
+
+    values: Tensor
+    recalled: Tensor
+    gates: Tensor
+
+
+class MemoryLayer(Layer):
+    """y = x + Attention(LN1 x) + MLP(LN2 x); projections without bias, no position encoding on memory or local linear path.
+
+    Segments are decided by token positions, never by the call: the open segment's keys and values are part of the state. A subclass
+    says what its memories answer together, in `recall`.
+
+    Args:
+        dim: hidden size.
+        mlp_dim: width of the MLP.
+        config: memory options.
+        num_banks: memories that are written in turn.
+        segments_per_bank: segments written to one before the next one's turn.
+    """
+
+    def __init__(self, dim: int, mlp_dim: int, config: MemoryConfig, *, num_banks: int, segments_per_bank: int) -> None:
+        super().__init__()
+        self.options, self.num_banks, self.segments_per_bank = config, num_banks, segments_per_bank
+        self.kernel = make_kernel(config.memory_kernel, config.write, config.ridge_penalty)
+        self.num_heads, self.head_dim = config.memory_heads, dim // config.memory_heads
+        self.attention_norm = nn.LayerNorm(dim)
+        self.mlp_norm = nn.LayerNorm(dim)
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.output = nn.Linear(dim, dim, bias=False)
+        self.mlp = MLP(dim, mlp_dim)
+        if self.kernel.has_strengths:
+            self.strength = nn.Linear(dim, self.num_heads, bias=False)
+        if config.mix == "gate" and config.local != "none":
+            self.memory_gate = nn.Parameter(torch.zeros(self.num_heads))
+
+    @abstractmethod
+    def recall(self, banks: Banks) -> Recall:
+        """Return what the memories say to the queries of the open segment; zeros while all are empty."""
+
+    def recall_flops(self, length: int, num_segments: int) -> float:
+        """Return the matrix FLOPs on one head of `recall` over a text of `length` tokens read from its start."""
+        prepared = self.num_banks + num_segments - 1  # every bank once, then the one that was written
+        reads = length * self.num_banks * self.kernel.read_flops(self.head_dim)
+        return reads + prepared * self.kernel.prepare_flops(self.head_dim)
+
+    def initial_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> MemoryLayerState:
+        zeros, sizes = (0,) * batch_size, (self.num_heads, self.head_dim)
+        memory = self.kernel.empty(batch_size, self.num_banks, *sizes, device=device, dtype=dtype)
+        empty = torch.zeros(batch_size, self.num_heads, 0, self.head_dim, device=device, dtype=dtype)
+        strengths = empty[..., : int(self.kernel.has_strengths)]
+        return MemoryLayerState(memory, empty, empty, strengths, zeros, zeros, zeros, (False,) * self.num_banks)
+
+    def forward(
+        self, hidden: Tensor, state: MemoryLayerState, *, update_memory: bool = True
+    ) -> tuple[Tensor, MemoryLayerState]:
+        def attend(normed: Tensor, rows_state: MemoryLayerState) -> tuple[Tensor, MemoryLayerState]:
+            attended, _, next_state = self._attend(normed, rows_state, update_memory)
+            return self.output(attended.values.transpose(1, 2).flatten(2).to(normed.dtype)), next_state
+
+        attended, next_state = by_groups(attend, self.attention_norm(hidden), state, state.places)
+        return hidden + attended + self.mlp(self.mlp_norm(hidden)), next_state
+
+    @torch.no_grad()
+    def telemetry(self, hidden: Tensor, state: MemoryLayerState) -> dict[str, float]:
+        """Return how a call with these inputs uses the memory; computes it anew, nothing of a call is kept.
+
+        Args:
+            hidden: input [B, T, D].
+            state: the state before it.
+        Returns:
+            Means over the tokens: `gate_mean`, the memory's weight beside local attention, 0 to 1; `read_norm`, the length of what
+            the memory answers; and what the kind of layer decides per position, by its name.
+        """
+        normed, rows = self.attention_norm(hidden), []
+        for row in range(hidden.shape[0]):
+            attended, facts, _ = self._attend(normed[row : row + 1], state.select([row]), update_memory=True)
+            norms = attended.recalled.square().sum(dim=(1, 3)).sqrt()
+            rows.append({"gate_mean": attended.gates, "read_norm": norms, **facts})
+        return {name: float(torch.stack([row[name].float().mean() for row in rows]).mean()) for name in rows[0]}
+
+    def close_segment(self, state: MemoryLayerState) -> MemoryLayerState:
+        """Return the state with the open segment written although it is short: where a text ends."""
+
+        def close(nothing: Tensor, rows_state: MemoryLayerState) -> tuple[Tensor, MemoryLayerState]:
+            tokens = rows_state.open_tokens()
+            if tokens.keys.shape[2] == 0:
+                return nothing, rows_state
+            (segment,) = self.kernel.split(side_by_side(tokens.keys[:, :, :0], tokens, 1))
+            banks = self._banks(rows_state, tokens.keys.dtype)
+            banks.open(segment)
+            banks.close()
+            return nothing, _state_after(rows_state, banks, tokens.last(0))
+
+        return by_groups(close, state.keys[:, 0, :0], state, state.places)[1]
+
+    def flops_per_token(self, length: int) -> float:
+        closed, rest = divmod(length, self.options.segment_length)
+        segments = [self.options.segment_length] * closed + [rest] * (rest > 0)
+        local = 0 if self.options.local == "none" else sum(4 * self.head_dim * tokens**2 for tokens in segments)
+        inside = sum(self.kernel.segment_flops(tokens, self.head_dim) for tokens in segments)
+        writes = closed * self.options.segment_length * self.kernel.write_flops(self.head_dim)
+        attention = self.num_heads * (local + inside + writes + self.recall_flops(length, len(segments)))
+        strength = 2 * self.strength.weight.numel() if self.kernel.has_strengths else 0
+        return 2 * 4 * self.query.weight.numel() + strength + attention / length + self.mlp.flops_per_token()
+
+    def state_bytes(self, length: int) -> int:
+        open_tokens = length % self.options.segment_length
+        memory = self.kernel.memory_bytes(self.num_banks, self.num_heads, self.head_dim)
+        return memory + 4 * open_tokens * self.num_heads * (2 * self.head_dim + self.kernel.has_strengths)
+
+    def _attend(
+        self, normed: Tensor, state: MemoryLayerState, update_memory: bool
+    ) -> tuple[Attended, dict[str, Tensor], MemoryLayerState]:
+        """Attention, facts and next state for rows whose segments and banks stand at the same place."""
+        queries, keys, values = (self._heads(projection(normed)) for projection in (self.query, self.key, self.value))
+        strengths = keys[..., :0]
+        if self.kernel.has_strengths:
+            strengths = torch.sigmoid(self._heads(self.strength(normed)))  # [B, T, H] -> [B, H, T, 1]
+        tokens = state.open_tokens().then(Tokens(keys, values, strengths))
+        # Autocast would round the sums that the fp32 of _heads is there for.
+        with torch.autocast(normed.device.type, enabled=False):
+            return self._attend_segments(queries, tokens, state, update_memory)
+
+    def _attend_segments(
+        self, queries: Tensor, tokens: Tokens, state: MemoryLayerState, update_memory: bool
+    ) -> tuple[Attended, dict[str, Tensor], MemoryLayerState]:
+        """As `_attend`, from the queries of the call and all tokens since the open segment began."""
+        banks, local, recalls, contents = self._banks(state, queries.dtype), [], [], []
+        closed, length = 0, self.options.segment_length
+        for segments in cut(queries, tokens, length):
+            local.append(self._local(segments))
+            for segment in self.kernel.split(segments):
+                banks.open(segment)
+                recalls.append(self.recall(banks))
+                contents.append(banks.has_content().any(1, keepdim=True).expand(-1, segment.queries.shape[2]))
+                if segment.keys.shape[2] < length:
+                    continue
+                closed += 1
+                if update_memory:
+                    banks.close()
+                if self.options.detach_every is not None and closed % self.options.detach_every == 0:
+                    banks.detach()
+        recalled = torch.cat([recall.values for recall in recalls], dim=2)
+        facts = {name: torch.cat([recall.facts[name] for recall in recalls], dim=1) for name in recalls[0].facts}
+        has_content = torch.cat(contents, dim=1).unsqueeze(1).unsqueeze(-1)  # [B, T] -> [B, 1, T, 1]
+        attended = self._mix(recalled, torch.cat(local, dim=2), has_content)
+        return attended, facts, _state_after(state, banks, tokens.last(tokens.keys.shape[2] - closed * length))
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """[B, T, H*d] -> [B, H, T, d], at least fp32: sums over a long text lose their last terms below that."""
+        split = projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return split.to(torch.promote_types(split.dtype, torch.float32))
+
+    def _banks(self, state: MemoryLayerState, dtype: torch.dtype) -> Banks:
+        return Banks(
+            self.kernel,
+            state.memory.to(dtype),
+            current=state.current_bank[0],
+            segments_written=state.segments_in_bank[0],
+            segments_per_bank=self.segments_per_bank,
+            frozen=state.frozen,
+            with_sums=self.options.mix == "joint",
+        )
+
+    def _local(self, segments: Segments) -> Tensor:
+        """Attention inside the segments [B, H, n * m, d], with mix=joint its sums side by side [B, H, n * m, d + 1]."""
+        if self.options.local == "softmax":
+            return softmax_attention(segments)
+        if self.options.local == "none":
+            width = segments.values.shape[-1] + (self.options.mix == "joint")
+            return segments.queries.new_zeros(1, 1, segments.queries.shape[2:4].numel(), width)
+        numerator, denominator = linear_attention(segments)
+        if self.options.mix == "joint":
+            return torch.cat([numerator, denominator], dim=-1)
+        return numerator / denominator
+
+    def _mix(self, recalled: Tensor, local: Tensor, has_content: Tensor) -> Attended:
+        """Memory of earlier segments and attention inside this one, joined; `has_content` [B, 1, T, 1] where memory speaks."""
+        if self.options.mix == "joint":
+            joint = recalled + local
+            gates = divide(recalled[..., -1:], joint[..., -1:])
+            return Attended(_ratio(joint), _ratio(recalled), gates)
+        if self.options.local == "none":
+            return Attended(recalled, recalled, has_content.to(recalled.dtype))
+        gates = torch.sigmoid(self.memory_gate).view(-1, 1, 1).to(recalled.dtype) * has_content
+        return Attended(torch.lerp(local, recalled, gates), recalled, gates)
+
+
+def _ratio(sums: Tensor) -> Tensor:
+    """Numerator [..., d] over denominator, the last of d + 1; 0 where there is nothing."""
+    return divide(sums[..., :-1], sums[..., -1:])
+
+
+def _state_after(state: MemoryLayerState, banks: Banks, open_tokens: Tokens) -> MemoryLayerState:
+    """The state of rows that stood at one place, after a call that leaves these tokens open."""
+    rows = state.num_rows
+    counters = (open_tokens.keys.shape[2],) * rows, (banks.current,) * rows, (banks.segments_written,) * rows
+    return MemoryLayerState(banks.memory, *open_tokens, *counters, state.frozen)

@@ -1,0 +1,111 @@
+"""Text cut into segments by its positions, and causal attention inside them.
+
+n: segments side by side. m: queries of a segment that are asked in this call. L: tokens of the segment so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from newllm.layers.memory import feature_map
+
+
+class Tokens(NamedTuple):
+    """Projected tokens of a text since the open segment began.
+
+    Attributes:
+        keys: [B, H, L, d].
+        values: [B, H, L, d].
+        strengths: how much of its value a token writes, 0 to 1 [B, H, L, 1]; of size 0 where the kernel has none.
+    """
+
+    keys: Tensor
+    values: Tensor
+    strengths: Tensor
+
+    def last(self, length: int) -> Tokens:
+        """Return the last tokens, in the given number."""
+        return Tokens(*(tensor[:, :, tensor.shape[2] - length :] for tensor in self))
+
+    def then(self, others: Tokens) -> Tokens:
+        """Return these tokens with others after them, in the others' dtype."""
+        pairs = zip(self, others, strict=True)
+        return Tokens(*(torch.cat([own.to(other.dtype), other], dim=2) for own, other in pairs))
+
+
+class Segments(NamedTuple):
+    """Equally long segments side by side.
+
+    Attributes:
+        queries: [B, H, n, m, d], the last ones of each segment.
+        keys: [B, H, n, L, d].
+        values: [B, H, n, L, d].
+        strengths: [B, H, n, L, 1], or of size 0.
+        query_features: queries after the feature map.
+        key_features: keys after the feature map.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    strengths: Tensor
+    query_features: Tensor
+    key_features: Tensor
+
+
+def cut(queries_BHTd: Tensor, tokens: Tokens, segment_length: int) -> Iterator[Segments]:
+    """Give the segments of a call: what completes the open one, all whole ones side by side, and what stays open.
+
+    Args:
+        queries_BHTd: queries of the call, the last T of the tokens.
+        tokens: tokens since the open segment began.
+        segment_length: tokens of a segment.
+    """
+    total, num_queries = tokens.keys.shape[2], queries_BHTd.shape[2]
+    counts, past = [], total - num_queries
+    if past > 0 or num_queries == 0:
+        counts.append((1, min(segment_length, total), min(segment_length, total) - past))
+        total -= counts[0][1]
+    if total >= segment_length:
+        counts.append((total // segment_length, segment_length, segment_length))
+    if total % segment_length > 0:
+        counts.append((1, total % segment_length, total % segment_length))
+    # split, not slices: the gradient of a slice fills a tensor as long as the text.
+    queries = queries_BHTd.split([n * m for n, _, m in counts], dim=2)
+    parts = [tensor.split([n * length for n, length, _ in counts], dim=2) for tensor in tokens]
+    for (n, _, _), own_queries, *own_tokens in zip(counts, queries, *parts, strict=True):
+        yield side_by_side(own_queries, Tokens(*own_tokens), n)
+
+
+def side_by_side(queries_BHTd: Tensor, tokens: Tokens, num_segments: int) -> Segments:
+    """Return tokens of whole segments with the segments on an axis of their own."""
+    queries, keys, values, strengths = (
+        tensor.unflatten(2, (num_segments, tensor.shape[2] // num_segments)) for tensor in (queries_BHTd, *tokens)
+    )
+    return Segments(queries, keys, values, strengths, feature_map(queries), feature_map(keys))
+
+
+def linear_attention(segments: Segments) -> tuple[Tensor, Tensor]:
+    """Return numerator [B, H, n * m, d] and denominator [B, H, n * m, 1] of linear attention up to each query."""
+    scores = segments.query_features @ segments.key_features.transpose(-1, -2)  # [B, H, n, m, L]
+    scores = scores.tril(scores.shape[-1] - scores.shape[-2])
+    return (scores @ segments.values).flatten(2, 3), scores.sum(-1, keepdim=True).flatten(2, 3)
+
+
+def softmax_attention(segments: Segments) -> Tensor:
+    """Return softmax attention up to each query [B, H, n * m, d]."""
+    num_heads, num_queries, num_keys = segments.queries.shape[1], segments.queries.shape[3], segments.keys.shape[3]
+    queries, keys, values = (
+        tensor.flatten(1, 2) for tensor in (segments.queries, segments.keys, segments.values)
+    )  # [B, H, n, L, d] -> [B, H * n, L, d]
+    attention = nn.functional.scaled_dot_product_attention
+    if num_queries == num_keys:
+        attended = attention(queries, keys, values, is_causal=True)
+    else:
+        is_visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=keys.device)
+        attended = attention(queries, keys, values, attn_mask=is_visible.tril(num_keys - num_queries))
+    return attended.unflatten(1, (num_heads, -1)).flatten(2, 3)

@@ -14,7 +14,7 @@ LEAVES = sorted(flat(dict(load("train", []))))
 MISTAKES = [
     (["model=infni"], r"^model=infni: infni is not an option of model\. Allowed: .*infini, .*Closest: infini\.$"),
     (["trainr=lct"], r"^trainr=lct: is neither a group nor a key\. Allowed: .*trainer\. Closest: trainer\.$"),
-    (["modell.dim=3"], r"^modell\.dim=3: is neither a group nor a key\. Allowed: .* Closest: model\.dim\.$"),
+    (["modeel.dim=3"], r"^modeel\.dim=3: is neither a group nor a key\. Allowed: .* Closest: model\.dim\.$"),
     (["max_steps=3"], r"Closest: trainer\.max_steps\.$"),
     (["+unknown=1"], r"^\+unknown=1: is neither a group nor a key\. Allowed: .*, trainer\.$"),
     (["+model.dimm=3"], r"^\+model\.dimm=3: is not a key of model\. Allowed: .*dim, .* Closest: model\.dim\.$"),

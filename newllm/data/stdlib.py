@@ -1,6 +1,5 @@
 """The library sources of the running Python: text that is always there, one document per module."""
 
-import hashlib
 import sysconfig
 import tokenize
 from collections import Counter
@@ -13,6 +12,7 @@ from newllm.config.schema import DataConfig, TokenizerConfig
 from newllm.data.corpus import prepare_text
 from newllm.data.document import Document, Source
 from newllm.data.prepared import PreparedData
+from newllm.data.text_files import content_hash
 
 # Installed packages are not the library; tests hold made-up data and files broken on purpose.
 LEFT_OUT_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3"})
@@ -45,15 +45,6 @@ def read_modules(folder: Path, skipped: Counter[str]) -> Iterator[Document]:
                 yield Document(file.read(), f"stdlib/{module_name(path, folder)}", "stdlib")
         except (UnicodeDecodeError, SyntaxError):
             skipped["not decodable"] += 1
-
-
-def content_hash(files: list[Path]) -> str:
-    """Return one SHA-256 over the files' names and contents: distributions patch the library."""
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def prepare(data: StdlibConfig, tokenizer: TokenizerConfig) -> PreparedData:

@@ -60,34 +60,41 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     Raises:
         ValueError: vocab_size has no room for the bytes and EOS, or the text gives too few pieces for unigram.
     """
-    vocab_size = config.vocab_size
-    if vocab_size is None or vocab_size <= NUM_BYTES:
+    if config.vocab_size is None or config.vocab_size <= NUM_BYTES:
         raise ValueError(
-            f"tokenizer.vocab_size={vocab_size}: has no room for the {NUM_BYTES} bytes and the end of text. "
+            f"tokenizer.vocab_size={config.vocab_size}: has no room for the {NUM_BYTES} bytes and the end of text. "
             f"Allowed: at least {NUM_BYTES + 1}. Set tokenizer.vocab_size or choose tokenizer=bytes."
         )
-    settings: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "special_tokens": [END_OF_TEXT],
-        "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet()),
-        "show_progress": False,
-    }
-    if config.kind == "bpe":
-        backend = _byte_level(models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=False))
-        trainer: Any = trainers.BpeTrainer(**settings)
-    else:
-        backend = _byte_level(models.Unigram(), _spaced_words())
-        trainer = trainers.UnigramTrainer(**settings, max_piece_length=MAX_PIECE_BYTES)
+    return (_train_bpe if config.kind == "bpe" else _train_unigram)(config.vocab_size, texts)
+
+
+def _train_bpe(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+    backend = _byte_level(models.BPE(), pre_tokenizers.ByteLevel(add_prefix_space=False))
+    backend.train_from_iterator(texts, trainers.BpeTrainer(**_settings(vocab_size)))
+    return Tokenizer(backend)
+
+
+def _train_unigram(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+    backend = _byte_level(models.Unigram(), _spaced_words())
+    trainer = trainers.UnigramTrainer(**_settings(vocab_size), max_piece_length=MAX_PIECE_BYTES)
     backend.train_from_iterator(texts, trainer)
-    if config.kind == "unigram":
-        backend.model = _settled(backend)
+    backend.model = _settled(backend)
     tokenizer = Tokenizer(backend)
-    if config.kind == "unigram" and tokenizer.vocab_size < vocab_size:
+    if tokenizer.vocab_size < vocab_size:
         raise ValueError(
             f"tokenizer.vocab_size={vocab_size}: is more than the {tokenizer.vocab_size} pieces that the training text "
             f"supports. Allowed: {NUM_BYTES + 1} to {tokenizer.vocab_size}. Set tokenizer.vocab_size or give more text."
         )
     return tokenizer
+
+
+def _settings(vocab_size: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab_size,
+        "special_tokens": [END_OF_TEXT],
+        "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet()),
+        "show_progress": False,
+    }
 
 
 def _byte_level(model: Any, pre_tokenizer: Any) -> tokenizers.Tokenizer:

@@ -23,7 +23,7 @@ WORDS = [
     "seed",
     "\u6d77",
     "\u5c71",
-    "caf\u00e9",
+    "\u00e9t\u00e9",
 ]
 BYTES = TokenizerConfig(kind="bytes", vocab_size=None, path=None)
 BPE = TokenizerConfig(kind="bpe", vocab_size=300, path=None)

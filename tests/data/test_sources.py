@@ -35,7 +35,7 @@ def test_the_bible_becomes_blocks(tmp_path: Path) -> None:
 def make_library(folder: Path) -> Path:
     files = {
         "json/__init__.py": b"one",
-        "json/decoder.py": b"# -*- coding: latin-1 -*-\n# caf\xe9",
+        "json/decoder.py": b"# -*- coding: latin-1 -*-\n# \xe9t\xe9",
         "test/test_json.py": b"a test",
         "site-packages/other.py": b"installed",
         "broken.py": b"# \xff\xfe",
@@ -54,7 +54,7 @@ def test_a_library_gives_its_modules_decoded_as_they_declare(tmp_path: Path) -> 
 
     assert documents == {
         "stdlib/json": "one",
-        "stdlib/json.decoder": "# -*- coding: latin-1 -*-\n# caf\u00e9",
+        "stdlib/json.decoder": "# -*- coding: latin-1 -*-\n# \u00e9t\u00e9",
         "stdlib/os": "two",
     }
     assert skipped == {"not decodable": 1}

@@ -21,7 +21,7 @@ def texts(*files: Path, text_field: str = "text") -> list[str]:
     return [document.text for document in read(*files, text_field=text_field)[0]]
 
 
-LINES = '{"text": "one"}\n{"text": "caf\u00e9", "meta": 3}\n'.encode()
+LINES = '{"text": "one"}\n{"text": "\u00e9t\u00e9", "meta": 3}\n'.encode()
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_lines_are_read_however_they_are_packed(tmp_path: Path, name: str, conte
 
     documents, _ = read(file)
 
-    assert [document.text for document in documents] == ["one", "caf\u00e9"]
+    assert [document.text for document in documents] == ["one", "\u00e9t\u00e9"]
     assert [document.id for document in documents] == [f"{name}:1", f"{name}:2"]
 
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from newllm.config.typed import flat, is_run_independent
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -36,15 +38,12 @@ LAYOUT = {
 }
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    """Return nested settings as `group.key: value`; lists and None become text."""
-    flat: dict[str, bool | int | float | str] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
-    return flat
+def settings(config: Mapping[str, Any]) -> dict[str, int | float | str]:
+    """Return the settings that decide what is computed, by dotted key; all but numbers as text."""
+    decisive = {key: value for key, value in flat(config).items() if not is_run_independent(key) and key != "name"}
+    # TensorBoard would show True as 1.0.
+    is_number = {key: isinstance(value, int | float) and not isinstance(value, bool) for key, value in decisive.items()}
+    return {key: value if is_number[key] else str(value) for key, value in decisive.items()}
 
 
 class TensorBoard:
@@ -91,7 +90,7 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import hparams
 
         # SummaryWriter.add_hparams would put them into a run of their own, away from the curves.
-        for summary in hparams(flatten(config), dict(metrics)):
+        for summary in hparams(settings(config), dict(metrics)):
             self.writer._get_file_writer().add_summary(summary)
         self.writer.flush()
 

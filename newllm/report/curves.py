@@ -34,7 +34,14 @@ LOSS = Panel(
     },
 )
 PANELS = (
-    Panel("lag of the cached states", {"lag/relative_error": "relative error", "lag/contraction": "contraction"}),
+    Panel(
+        "lag of the cached states",
+        {
+            "lag/relative_error": "relative error",
+            "lag/contraction": "contraction",
+            "lag/gradient_cosine": "gradient cosine",
+        },
+    ),
     Panel("lag: sweeps to tolerance", {"lag/sweeps_to_tolerance": "sweeps"}),
     Panel("memory: mean gate", {"memory/gate_mean": "gate"}),
     Panel("memory: norm of a read", {"memory/read_norm": "norm"}),

@@ -202,7 +202,8 @@ def test_tensorboard_has_a_layout_and_the_hyperparameters_with_final_metrics(tmp
     board.scalars(3, {"val/loss": 2.0})
     board.texts("samples", ["# not a heading\nline two"], 3)
 
-    board.hyperparameters({"model": {"kind": "infini", "stack": ["a", "b"]}, "seed": 0}, {"val/loss": 2.0})
+    config = {"model": {"kind": "infini", "stack": ["a", "b"], "freeze": True}, "seed": 0, "runtime": {"devices": 1}}
+    board.hyperparameters(config, {"val/loss": 2.0})
     board.close()
 
     events = curves(tmp_path)
@@ -210,8 +211,8 @@ def test_tensorboard_has_a_layout_and_the_hyperparameters_with_final_metrics(tmp
     assert [category.title for category in Layout.FromString(packed).category] == [*LAYOUT]
     start = events.PluginTagToContent(hparams.PLUGIN_NAME)[hparams.SESSION_START_INFO_TAG]
     settings = hparams.parse_session_start_info_plugin_data(start).hparams
-    assert settings["model.kind"].string_value == "infini"
-    assert settings["model.stack"].string_value == "['a', 'b']"
+    texts = {key: value.string_value for key, value in settings.items() if key != "seed"}
+    assert texts == {"model.kind": "infini", "model.stack": "['a', 'b']", "model.freeze": "True"}
     assert settings["seed"].number_value == 0
     experiment = events.PluginTagToContent(hparams.PLUGIN_NAME)[hparams.EXPERIMENT_TAG]
     assert [info.name.tag for info in hparams.parse_experiment_plugin_data(experiment).metric_infos] == ["val/loss"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Protocol, get_type_hints
 
 import torch
 from torch import Tensor
 
 from newllm.config.fields import Count, Range, allowed, convert
 from newllm.data.tokenizer import Tokenizer
-from newllm.models.base import LanguageModel
+from newllm.models.base import LanguageModel, ModelOutput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,14 @@ GREEDY = SamplingOptions(
 )
 
 
+class Stepwise(Protocol):
+    """What `generate` needs of a model."""
+
+    def exact(self, input_ids: Tensor, state: Any, *, update_memory: bool = True) -> ModelOutput: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Generation:
     """What a model wrote.
@@ -65,7 +73,7 @@ class Generation:
 
 @torch.inference_mode()
 def generate(
-    model: LanguageModel,
+    model: Stepwise,
     input_ids: Tensor,
     state: Any = None,
     *,
@@ -100,9 +108,9 @@ def generate(
     processors = _processors(options)
     seen = input_ids
     is_done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    output = model(input_ids, state, update_memory=update_memory)
+    output = model.exact(input_ids, state, update_memory=update_memory)
     for written in range(1, max_new_tokens + 1):
-        scores = processors(seen, output.logits[:, -1].float())
+        scores = processors(seen, model.logits(output.hidden[:, -1]).float())
         token = _draw(scores, options, generator)
         if eos_id is not None:
             token = token.masked_fill(is_done, eos_id)
@@ -110,7 +118,7 @@ def generate(
         seen = torch.cat([seen, token.unsqueeze(1)], dim=1)
         if written == max_new_tokens or bool(is_done.all()):
             break
-        output = model(token.unsqueeze(1), output.state, update_memory=update_memory)
+        output = model.exact(token.unsqueeze(1), output.state, update_memory=update_memory)
     return Generation(seen[:, input_ids.shape[1] :], output.state)
 
 
@@ -176,6 +184,11 @@ def _processors(options: SamplingOptions) -> Any:
 
 
 def _draw(scores_BV: Tensor, options: SamplingOptions, generator: torch.Generator) -> Tensor:
+    if not scores_BV.max(dim=-1).values.isfinite().all():
+        raise ValueError(
+            f"no_repeat_ngram_size={options.no_repeat_ngram_size}: forbids every token, or the logits are not finite. "
+            "Allowed: a size that leaves a token to write. Raise it, or set it to 0."
+        )
     if options.temperature == 0:
         return scores_BV.argmax(dim=-1)
     return torch.multinomial(torch.softmax(scores_BV, dim=-1), 1, generator=generator).squeeze(1)

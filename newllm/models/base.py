@@ -99,32 +99,51 @@ class LanguageModel(nn.Module, ABC):
         Raises:
             ValueError: token ids out of range, another batch size than the state's, or `previous_hidden` given to a model without feedback.
         """
-        if state is None:
-            state = self.initial_state(input_ids.shape[0])
-        self._check_call(input_ids, state, previous_hidden)
-        if self.has_feedback and previous_hidden is None:
-            hidden, next_state = unroll(self, input_ids, state, update_memory=update_memory)
+        if previous_hidden is None:
+            output = self.exact(input_ids, state, update_memory=update_memory)
         else:
+            state = self._checked_state(input_ids, state)
+            self._check_previous(input_ids, previous_hidden)
             output = self.encode(input_ids, state, previous_hidden=previous_hidden, update_memory=update_memory)
-            hidden, next_state = output.hidden, output.state
-        return ModelOutput(self.logits(hidden), hidden, next_state)
+        return ModelOutput(self.logits(output.hidden), output.hidden, output.state)
 
-    def _check_call(self, input_ids: Tensor, state: State, previous_hidden: Tensor | None) -> None:
+    def exact(self, input_ids: Tensor, state: Any = None, *, update_memory: bool = True) -> ModelOutput:
+        """Return hidden states and the next state of the function that is deployed; logits are None.
+
+        Args:
+            input_ids: tokens [B, T].
+            state: None for the empty state.
+            update_memory: write memories; False reads them only.
+        Raises:
+            ValueError: no token, or another batch size than the state's.
+        """
+        state = self._checked_state(input_ids, state)
+        if not self.has_feedback:
+            return self.encode(input_ids, state, update_memory=update_memory)
+        hidden, next_state = unroll(self, input_ids, state, update_memory=update_memory)
+        return ModelOutput(None, hidden, next_state)
+
+    def _checked_state(self, input_ids: Tensor, state: Any) -> Any:
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(
                 f"input_ids: has shape {list(input_ids.shape)}. Allowed: [B, T] with T at least 1. Add the missing axis."
             )
+        if state is None:
+            return self.initial_state(input_ids.shape[0])
         if state.num_rows != input_ids.shape[0]:
             raise ValueError(
                 f"state: holds {state.num_rows} texts, input_ids {input_ids.shape[0]}. Allowed: equal numbers. "
                 f"Start with model.initial_state(batch_size={input_ids.shape[0]})."
             )
-        if previous_hidden is not None and not self.has_feedback:
+        return state
+
+    def _check_previous(self, input_ids: Tensor, previous_hidden: Tensor) -> None:
+        if not self.has_feedback:
             raise ValueError(
                 "previous_hidden: was given to a model without feedback. Allowed: None here. "
                 "Build the model with feedback=additive or gated."
             )
-        if previous_hidden is not None and previous_hidden.shape != (*input_ids.shape, self.dim):
+        if previous_hidden.shape != (*input_ids.shape, self.dim):
             raise ValueError(
                 f"previous_hidden: has shape {list(previous_hidden.shape)}. Allowed: {[*input_ids.shape, self.dim]}. "
                 "Give the state of the position before each position."

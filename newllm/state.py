@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch import Tensor
 from newllm.whole_file import whole_file
 
 FORMAT_VERSION = "1"
+
+Part = TypeVar("Part", bound="State")
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,32 @@ def from_tensors(like: State, tensors: dict[str, Tensor], prefix: str = "") -> A
             kind = bool if value and isinstance(value[0], bool) else int
             changed[field.name] = tuple(kind(entry) for entry in tensors[name].tolist())
     return dataclasses.replace(like, **changed)
+
+
+def parts_of(state: State, kind: type[Part], prefix: str = "") -> dict[str, Part]:
+    """Return the parts of a kind, however deep they are nested, by their dotted names."""
+    found: dict[str, Part] = {}
+
+    def note(name: str, part: Part) -> Part:
+        found[name] = part
+        return part
+
+    map_parts(state, kind, note, prefix)
+    return found
+
+
+def map_parts(state: Any, kind: type[Part], change: Callable[[str, Part], Part], prefix: str = "") -> Any:
+    """Return the state with every part of a kind replaced by `change(dotted name, part)`."""
+    if isinstance(state, kind):
+        return change(prefix.removesuffix("."), state)
+    changed: dict[str, Any] = {}
+    for field, value in state._values():
+        name = f"{prefix}{field.name}."
+        if isinstance(value, State):
+            changed[field.name] = map_parts(value, kind, change, name)
+        elif isinstance(value, tuple) and value and isinstance(value[0], State):
+            changed[field.name] = tuple(map_parts(part, kind, change, f"{name}{i}.") for i, part in enumerate(value))
+    return dataclasses.replace(state, **changed)
 
 
 def merge_rows(parts: Sequence[tuple[Sequence[int], State]]) -> Any:

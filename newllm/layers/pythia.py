@@ -38,6 +38,12 @@ class PythiaState(State):
     values: Tensor = field(metadata={"ragged": True})
     lengths: tuple[int, ...]
 
+    def last(self, length: int) -> PythiaState:
+        """Return the state with the last tokens only, in the given number or as many as there are."""
+        first = max(0, self.keys.shape[2] - length)
+        lengths = tuple(min(length, own) for own in self.lengths)
+        return PythiaState(self.keys[:, :, first:], self.values[:, :, first:], lengths)
+
 
 @dataclass(frozen=True)
 class PythiaLevels(State):

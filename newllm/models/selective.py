@@ -40,7 +40,8 @@ class SelectiveConfig(ModelConfig):
         skip_interval: steps per token, of which the last emits; with learned halting the most steps.
         attend: what a step attends to at tokens up to its own: the same and all lower steps, or the same step only.
         carry: what a step after the first starts from: a linear map of the step before ("projection"), its hidden state as it is
-            ("identity", with attend=same_level a deeper stack of tied weights), or a learned vector ("pause").
+            ("identity", with attend=same_level a deeper stack of tied weights), that plus the token's embedding once more
+            ("injection"), or a learned vector ("pause").
         halting: "fixed" emits at the last step; "learned" weighs the steps by a gate while training.
         halting_threshold: with learned halting, the step emits whose gate is the first above it, or the last. Not used in training.
     """
@@ -51,7 +52,7 @@ class SelectiveConfig(ModelConfig):
     mlp_dim: Annotated[int, Range(minimum=1)]
     skip_interval: Annotated[int, Range(minimum=1)]
     attend: Literal["all_lower", "same_level"]
-    carry: Literal["projection", "identity", "pause"]
+    carry: Literal["projection", "identity", "injection", "pause"]
     halting: Literal["fixed", "learned"]
     halting_threshold: Annotated[float, Range(minimum=0, maximum=1)]
 
@@ -114,7 +115,7 @@ class SelectiveLM(LanguageModel):
         layers: the stack, from the bottom.
         skip_interval: s.
         attend: "all_lower" or "same_level".
-        carry: "projection", "identity" or "pause".
+        carry: "projection", "identity", "injection" or "pause".
         halting: "fixed" or "learned".
         halting_threshold: gate above which a token is emitted.
     """
@@ -127,13 +128,14 @@ class SelectiveLM(LanguageModel):
         *,
         skip_interval: int,
         attend: Literal["all_lower", "same_level"] = "all_lower",
-        carry: Literal["projection", "identity", "pause"] = "projection",
+        carry: Literal["projection", "identity", "injection", "pause"] = "projection",
         halting: Literal["fixed", "learned"] = "fixed",
         halting_threshold: float = 0.5,
     ) -> None:
         super().__init__()
         self.vocab_size, self.dim, self.skip_interval = vocab_size, dim, skip_interval
-        self.attends_lower, self.halting_threshold = attend == "all_lower", halting_threshold
+        self.attends_lower, self.injects = attend == "all_lower", carry == "injection"
+        self.halting_threshold = halting_threshold
         self.embedding = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(layers)
         self.final_norm = nn.LayerNorm(dim)
@@ -172,12 +174,12 @@ class SelectiveLM(LanguageModel):
         use_feedback: bool = True,
     ) -> SelectiveOutput:
         assert previous_hidden is None, "a model without feedback reads no previous states"
-        hidden = self.embedding(input_ids)
+        embedded = hidden = self.embedding(input_ids)
         shown: list[State | None] = [None] * len(self.layers)
         levels, states = [], []
         for level, level_state in enumerate(state.levels):
             if level > 0:
-                hidden = self._carried(hidden, level)
+                hidden = self._carried(hidden, embedded, level)
             hidden, layers, shown = self._run_level(hidden, level_state, shown, update_memory)
             levels.append(hidden)
             states.append(LevelState(layers))
@@ -223,8 +225,10 @@ class SelectiveLM(LanguageModel):
             next_shown.append(own if self.attends_lower else None)
         return hidden, tuple(states), next_shown
 
-    def _carried(self, hidden: Tensor, level: int) -> Tensor:
+    def _carried(self, hidden: Tensor, embedded: Tensor, level: int) -> Tensor:
         """What a step after the first starts from, [B, T, D]."""
+        if self.injects:
+            return hidden + embedded
         if self.pause is not None:
             return self.pause.weight[level - 1].expand_as(hidden)
         return hidden if self.carry_projection is None else self.carry_projection(hidden)

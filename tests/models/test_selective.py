@@ -17,6 +17,7 @@ from newllm.models.transformer import TransformerLM
 STEPS = [{"skip_interval": s, "attend": a} for s in (2, 3) for a in ("all_lower", "same_level")]
 OTHERS = [
     {"skip_interval": 2, "carry": "identity"},
+    {"skip_interval": 2, "carry": "injection"},
     {"skip_interval": 3, "carry": "pause"},
     {"skip_interval": 3, "halting": "learned", "halting_threshold": 0.4},
 ]
@@ -157,6 +158,20 @@ def test_identity_at_the_same_level_is_a_deeper_stack_of_tied_weights():
 
     with torch.no_grad():
         assert torch.equal(model(input_ids).logits, deep(input_ids).logits)
+
+
+def test_injection_adds_the_tokens_embedding_to_what_is_carried():
+    model = selective("pythia", skip_interval=2, attend="same_level", carry="injection")
+    input_ids = tokens(2, 5)
+    with torch.no_grad():
+        hidden = model.embedding(input_ids)
+        for _step in range(2):
+            for one in model.layers:
+                hidden, _ = one(hidden, one.initial_state(2, device=hidden.device, dtype=hidden.dtype))
+            hidden = hidden + model.embedding(input_ids)
+        last = hidden - model.embedding(input_ids)
+
+        torch.testing.assert_close(model(input_ids).hidden, last, atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def test_a_pause_step_starts_from_its_learned_vector():

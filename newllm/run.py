@@ -23,10 +23,12 @@ from newllm.callbacks.telemetry import Telemetry
 from newllm.callbacks.tensorboard import TensorBoard
 from newllm.callbacks.validate_at_end import ValidateAtEnd
 from newllm.closing import closing_lines
+from newllm.config.command_line import refuse
 from newllm.config.schema import TrainConfig
 from newllm.config.typed import config_hash, plain, real_config
 from newllm.cost import describe_cost
 from newllm.data.module import TextDataModule, build_data
+from newllm.embedding import embedding_table, freeze_embedding, set_embedding, token_embedding
 from newllm.evaluation.suite import run_suite
 from newllm.generation import sample_texts
 from newllm.guards.monitor import Monitor
@@ -88,8 +90,7 @@ def run_training(config: TrainConfig, folder: Path, overrides: list[str]) -> flo
             return None
         prepared = _prepare(config, folder)
     except (ValueError, TypeError) as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+        refuse([str(error)])
     started = time.monotonic()
     record = RunRecord(folder)
     record.begin(
@@ -129,6 +130,10 @@ def _prepare(config: TrainConfig, folder: Path) -> Prepared:
     # The weights depend on the seed alone, not on how many numbers reading the data drew.
     torch.manual_seed(config.seed)
     model = build_model(config, data.vocab_size)
+    if config.embedding.kind != "random" and checkpoint is None:
+        set_embedding(model, embedding_table(config.embedding, data, token_embedding(model).embedding_dim))
+    if config.embedding.freeze:
+        freeze_embedding(model)
     module = build_training_module(model, config, data.token_bytes, num_samples=data.num_train_samples, folder=folder)
     return Prepared(config, folder, data, model, module, checkpoint)
 
@@ -211,7 +216,8 @@ def _session(prepared: Prepared) -> Session:
         train_flops_per_token=round(3 * prepared.model.flops_per_token(config.data.block_length)),
         precision=config.runtime.precision,
     )
-    floor = prepared.data.facts.get("floor_nats_per_token") if prepared.checkpoint is None else None
+    is_pretrained = getattr(config.model, "pretrained", None) is not None
+    floor = None if is_pretrained else prepared.data.facts.get("floor_nats_per_token")
     monitor = Monitor(config.guards, folder, floor_nats=floor) if config.guards.monitor else None
     checkpoints = Checkpoints(folder / "checkpoints", every_steps=config.trainer.checkpoint_every_steps)
     stop_at = None if config.stop_at_step is None else StopAtStep(config.stop_at_step)

@@ -142,7 +142,19 @@ class TokenizerConfig(GroupConfig):
 class EmbeddingConfig(GroupConfig):
     """Where the token embedding comes from."""
 
-    kind: Literal["random"]
+    kind: Literal["gpt2", "random", "run", "svd"]
+    freeze: bool  # leave it, and scores tied to it, as it starts
+    window: Count  # tokens; pairs at most so far apart count, for kind svd
+    path: str | None  # run folder, for kind run
+
+    def check(self, config: "TrainConfig") -> list[str]:
+        """Return a sentence where the run to take the table from is not named."""
+        if self.kind != "run" or self.path is not None:
+            return []
+        return [
+            "embedding.path=null: embedding=run takes the table of another run. Allowed: a run folder. "
+            "Set embedding.path to one."
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,7 +118,8 @@ def load_run(folder: str | Path, checkpoint: CheckpointName = "best") -> LoadedR
         if name.startswith("model.")
     }
     model = build_model(config, record.facts["vocab_size"])
-    model.load_state_dict(weights)
+    # A run in float64 keeps its digits.
+    model.to(next(iter(weights.values())).dtype).load_state_dict(weights)
     step = contents["global_step"]
     metrics = next((line for line in reversed(read_metrics(folder)) if line["step"] == step and "val/loss" in line), {})
     return LoadedRun(record.folder, config, model.eval(), metrics, record.facts, step)

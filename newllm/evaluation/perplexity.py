@@ -8,8 +8,11 @@ from operator import add
 from typing import Any
 
 from newllm.config.schema import EvaluationConfig
+from newllm.data.compression import compressed_bits_per_byte
+from newllm.data.tokenizer import Tokenizer
 from newllm.evaluation.material import Material
 from newllm.evaluation.scoring import Score, score_batch
+from newllm.losses.next_token import NO_TARGET
 
 # Perplexities of a real text under a vocabulary of some thousand tokens, and what they usually mean.
 BANDS = (
@@ -20,6 +23,8 @@ BANDS = (
     (1000.0, "500 to 1000: early in training"),
     (float("inf"), "above 1000: under-trained"),
 )
+CODE = ("stdlib",)
+"""Kinds of data whose text is easier than prose: the bands say nothing about them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +42,8 @@ def measure(material: Material, options: PerplexityConfig) -> dict[str, Any]:
         options: what stands beside the numbers.
     Returns:
         `loss` (nats per token), `perplexity`, `accuracy` (share of targets), `bits_per_byte`, `targets`, `bytes`; for text also
-        `unigram_bits_per_byte` (token frequencies of the training text), `xz_bits_per_byte`, `zstd_bits_per_byte` (of the
-        validation text) and `band`: what such a perplexity usually means.
+        `xz_bits_per_byte`, `zstd_bits_per_byte` (of the same text), `unigram_bits_per_byte` (validation text under the token
+        frequencies of the training text) and `band`: what such a perplexity usually means, and why.
     """
     token_bytes = material.data.token_bytes
     scores = [score_batch(material.model, batch, token_bytes) for batch in material.batches()]
@@ -46,10 +51,18 @@ def measure(material: Material, options: PerplexityConfig) -> dict[str, Any]:
     found: dict[str, Any] = {**total.metrics(), "targets": total.tokens, "bytes": total.bytes}
     if material.tokenizer is None:
         return found
-    found["unigram_bits_per_byte"] = material.data.facts["unigram_bits_per_byte"]
-    if options.compare_compressors and material.split == "validation":
-        compressed = material.data.compression_bits_per_byte() or {}
+    if material.split == "validation":
+        found["unigram_bits_per_byte"] = material.data.facts["unigram_bits_per_byte"]
+    if options.compare_compressors:
+        compressed = compressed_bits_per_byte(_text(material, material.tokenizer))
         found |= {f"{name}_bits_per_byte": value for name, value in compressed.items()}
-    if material.run.config.tokenizer.kind != "bytes":
+    if material.run.config.tokenizer.kind != "bytes" and material.run.config.data.kind not in CODE:
         found["band"] = next(text for limit, text in BANDS if found["perplexity"] < limit or limit == float("inf"))
     return found
+
+
+def _text(material: Material, tokenizer: Tokenizer) -> bytes:
+    """The UTF-8 bytes of all targets, in order."""
+    texts = tokenizer.token_texts
+    labels = (batch["labels"].flatten().tolist() for batch in material.batches())
+    return b"".join(texts[token] for row in labels for token in row if token != NO_TARGET)

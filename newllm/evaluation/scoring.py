@@ -11,7 +11,6 @@ from torch import Tensor
 
 from newllm.losses.next_token import NO_TARGET
 from newllm.models.base import LanguageModel
-from newllm.recurrence import unroll
 
 Mode = Literal["exact", "lagged", "no_feedback"]
 
@@ -66,12 +65,10 @@ def hidden_states(model: LanguageModel, input_ids: Tensor, *, mode: Mode = "exac
         mode: "exact" the deployed function; "lagged" one sweep from zeros; "no_feedback" the stack without its feedback.
         state: state before the first token; None for the empty one.
     """
+    if mode == "exact" or not model.has_feedback:
+        return model.exact(input_ids, state).hidden
     if state is None:
         state = model.initial_state(input_ids.shape[0])
-    if not model.has_feedback:
-        return model.encode(input_ids, state).hidden
-    if mode == "exact":
-        return unroll(model, input_ids, state)[0]
     zeros = state.hidden.new_zeros(*input_ids.shape, state.hidden.shape[-1])
     return model.encode(input_ids, state, previous_hidden=zeros, use_feedback=mode == "lagged").hidden
 

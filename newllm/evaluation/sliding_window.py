@@ -55,14 +55,24 @@ def windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, i
 def measure(material: Material, options: SlidingWindowConfig) -> dict[str, Any]:
     """Return loss and perplexity over the split as one text, each target scored once with up to a window of context.
 
-    Source: the protocol of the transformers documentation on perplexity of fixed-length models.
-
     Args:
         material: model and text.
         options: window and stride, tokens.
+    Raises:
+        ValueError: the data are no running text, or the stride is longer than the window.
+    Source: the protocol of the transformers documentation on perplexity of fixed-length models.
     """
+    if not material.data.targets_are_next_tokens:
+        raise ValueError(
+            "evaluation.sliding_window: the run's blocks are no running text. Allowed: runs on text. Leave it out."
+        )
     window = options.window or material.run.config.data.block_length
     stride = options.stride or max(1, window // 4)
+    if stride > window:
+        raise ValueError(
+            f"evaluation.sliding_window.stride={stride}: leaves tokens out between windows of {window}. "
+            f"Allowed: 1 to {window}. Lower the stride or set evaluation.sliding_window.window."
+        )
     inputs, labels = _as_one_text(material)
     nats, count = 0.0, 0
     for (length, skipped), starts in _alike(windows(labels.shape[0], window, stride)):

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from newllm.config.schema import EvaluateConfig, EvaluationConfig
 from newllm.config.typed import real_config
 from newllm.evaluation.material import Material
 from newllm.load import LoadedRun, load_run
+from newllm.models.base import LanguageModel
 from newllm.whole_file import write_whole
 
 REPRODUCED = ("val/loss", "val/perplexity", "val/bits_per_byte", "val/accuracy")
@@ -30,11 +32,13 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         SystemExit: 2 if the folder, its checkpoint or a measurement's options are refused.
     """
-    if config.runtime.num_threads is not None:
-        torch.set_num_threads(config.runtime.num_threads)
     try:
         config = real_config(config)
         run = load_run(config.run, config.checkpoint)
+        # Sums over another number of threads differ in their last digits.
+        num_threads = config.runtime.num_threads or run.config.runtime.num_threads
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
         for measurement in config.evaluation.values():
             problems = measurement.check(run.config)
             if problems:
@@ -68,15 +72,24 @@ def run_suite(
         device: where the model runs.
     """
     run.model.to("cuda" if device == "gpu" else device)
+    precision = run.config.runtime.precision
     material = Material.of(run, split=split, batch_size=batch_size)
-    results: dict[str, Any] = {"step": run.step, "split": split}
-    for name, options in evaluations.items():
-        measure = importlib.import_module(f"newllm.evaluation.{options.kind}").measure
-        results[name] = measure(material, options)
+    results: dict[str, Any] = {"step": run.step, "split": split, "precision": precision}
+    with computing_in(precision, run.model):
+        for name, options in evaluations.items():
+            measure = importlib.import_module(f"newllm.evaluation.{options.kind}").measure
+            results[name] = measure(material, options)
     if split == "validation" and "perplexity" in results:
         results["reproduced"] = _reproduced(run, results["perplexity"])
     write_whole(run.folder / "evaluation.json", json.dumps(_plain(results), indent=2, allow_nan=False) + "\n")
     return results
+
+
+def computing_in(precision: str, model: LanguageModel) -> AbstractContextManager:
+    """Return the context in which a model computes as in a run of this precision."""
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    device = next(model.parameters()).device.type
+    return nullcontext() if dtype is None else torch.autocast(device, dtype)
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -1,0 +1,109 @@
+"""A finished run measured from its folder alone."""
+
+import argparse
+import inspect
+import json
+import shutil
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from newllm.config.compose import compose
+from newllm.evaluation.suite import run_evaluation
+from newllm.run import run_training
+
+TINY = [
+    *("model=infini", "trainer=lct", "size.dim=16", "size.num_layers=2", "size.num_heads=2", "size.mlp_dim=32"),
+    *("layers.segment_length=8", "data=jsonl", "data.block_length=16", "data.batch_size=2", "data.eval_batch_size=4"),
+    *("data.max_train_blocks=6", "data.max_validation_blocks=6", "data.num_workers=0", "data.max_unseen=1"),
+    *("tokenizer=bytes", "trainer.max_steps=2", "trainer.validate_every_steps=2", "trainer.checkpoint_every_steps=2"),
+    *("trainer.log_every_steps=1", "callbacks.lag_every_steps=null", "callbacks.sample_every_steps=null"),
+    *("evaluation=[]", "guards=off", "logger=none", "schedule.warmup_steps=1"),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps on the source of two modules."""
+    return train(tmp_path_factory.mktemp("trained"))
+
+
+def train(folder: Path, *overrides: str) -> Path:
+    text = folder / "text.jsonl"
+    sources = [inspect.getsource(module)[:3000] for module in (argparse, inspect, textwrap, json)]
+    text.write_text("\n".join(json.dumps({"text": source}) for source in sources))
+    given = [*TINY, f"data.path={text}", f"data.cache_dir={folder / 'cache'}", *overrides]
+    run_training(compose(given), folder / "run", given)
+    return folder / "run"
+
+
+def evaluate(folder: Path, *overrides: str) -> dict:
+    return run_evaluation(compose([f"run={folder}", *overrides], root="evaluate"))
+
+
+def refused(folder: Path, capsys: pytest.CaptureFixture, *overrides: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(folder, *overrides)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_all_measurements_are_printed_and_written(trained, capsys):
+    names = ["perplexity", "positions", "sliding_window", "lag", "generation"]
+
+    results = evaluate(trained, f"evaluation=[{','.join(names)}]", "evaluation.generation.new_tokens=4")
+
+    assert json.loads((trained / "evaluation.json").read_text()).keys() == {*names, *results}
+    out = capsys.readouterr().out
+    assert all(f"\n{name}" in f"\n{out}" for name in names)
+    assert out.splitlines()[-1] == f"run: {trained}"
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
+def test_logged_numbers_come_out_again_to_the_last_digit(trained, tmp_path, precision):
+    folder = trained if precision == "32-true" else train(tmp_path, f"runtime.precision={precision}")
+
+    reproduced = evaluate(folder, "evaluation=[perplexity]")["reproduced"]
+
+    assert set(reproduced) == {"val/loss", "val/perplexity", "val/bits_per_byte", "val/accuracy"}
+    assert all(entry["equal"] for entry in reproduced.values()), reproduced
+
+
+def test_other_batch_size_measures_the_same_text(trained):
+    found = [evaluate(trained, "evaluation=[perplexity]", f"batch_size={size}")["perplexity"] for size in (1, 6)]
+
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
+    assert found[0]["targets"] == found[1]["targets"] == 96
+
+
+def test_missing_folder_is_refused(tmp_path, capsys):
+    assert "run.json: is missing" in refused(tmp_path / "none", capsys)
+
+
+def test_folder_without_checkpoint_is_refused(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    (folder / "checkpoints" / "best.ckpt").unlink()
+
+    assert "best.ckpt: is missing. Allowed: a run folder with a checkpoint (found: last.ckpt)" in refused(
+        folder, capsys
+    )
+
+
+def test_damaged_checkpoint_is_refused(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    path = folder / "checkpoints" / "best.ckpt"
+    path.write_bytes(path.read_bytes()[:1000])
+
+    assert "best.ckpt: is damaged" in refused(folder, capsys)
+
+
+def test_measurement_that_does_not_fit_the_model_is_refused(tmp_path, capsys):
+    folder = train(tmp_path, "trainer=standard")
+
+    assert "evaluation.lag: measures a recurrence, the model has none" in refused(folder, capsys, "evaluation=[lag]")
+
+
+def test_unknown_measurement_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match=r"perplexty[\s\S]*perplexity"):
+        compose(["run=x", "evaluation=[perplexty]"], root="evaluate")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from newllm.config.schema import TrainConfig
-from newllm.evaluation.scoring import Score, score_batch
+from newllm.evaluation.scoring import Mode, Score, score_batch
 from newllm.models.base import LanguageModel
 from newllm.trainers.optimization import build_optimizer, learning_rate_factor
 
@@ -67,7 +67,7 @@ class TrainingModule(lightning.LightningModule):
             score = score_batch(self.model, batch, self.token_bytes, mode=mode)
             self.scores[mode] = self.scores[mode] + score if mode in self.scores else score
 
-    def validation_modes(self) -> list[str]:
+    def validation_modes(self) -> list[Mode]:
         """Return what validation scores: the deployed function, and what stands beside it."""
         return ["exact", "lagged", "no_feedback"] if self.model.has_feedback else ["exact"]
 

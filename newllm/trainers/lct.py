@@ -97,7 +97,7 @@ class LctModule(TrainingModule):
     def lagged_states(self, batch: Batch) -> Tensor:
         """Return the states [B, T, D] that the next step on the batch starts from."""
         input_ids, sample_ids = batch["input_ids"], batch["sample_id"]
-        like = self.model.initial_state(1).hidden
+        like = next(self.model.parameters())
         zeros = like.new_zeros(*input_ids.shape, self.model.dim)
         if self.cache is None:
             return self._first_states(input_ids, zeros)

@@ -30,6 +30,7 @@ class SequentialModule(TrainingModule):
     """Every step reads the layers' cached state, as generation does."""
 
     def states(self, batch: Batch) -> Tensor:
+        options: SequentialConfig = self.config.trainer  # type: ignore[assignment]  # the schema of trainer=sequential
         input_ids = batch["input_ids"]
         state = self.model.initial_state(input_ids.shape[0])
-        return unroll(self.model, input_ids, state, truncate=self.config.trainer.truncate_steps)[0]
+        return unroll(self.model, input_ids, state, truncate=options.truncate_steps)[0]

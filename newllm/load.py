@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,8 +92,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: the file is damaged.
     """
     try:
+        # torch reads over a changed byte; the archive's checksums tell.
+        with zipfile.ZipFile(path) as archive:
+            torn = archive.testzip()
+        if torn is not None:
+            raise zipfile.BadZipFile(f"checksum of {torn}")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path}: is damaged ({first_line}). Allowed: a checkpoint that train.py wrote. "

@@ -36,7 +36,7 @@ from newllm.guards.preflight import run_preflight
 from newllm.guards.verdict import Verdict, require_passed, switched_off
 from newllm.load import checkpoint_path, load_run, read_checkpoint
 from newllm.models.base import LanguageModel, count_parameters
-from newllm.models.create import build_model
+from newllm.models.create import build_model, load_published
 from newllm.report.curves import draw_curves
 from newllm.run_record import RunRecord, last_and_best, read_metrics
 from newllm.trainers.base import TrainingModule
@@ -130,6 +130,8 @@ def _prepare(config: TrainConfig, folder: Path) -> Prepared:
     # The weights depend on the seed alone, not on how many numbers reading the data drew.
     torch.manual_seed(config.seed)
     model = build_model(config, data.vocab_size)
+    if checkpoint is None:
+        load_published(model, config)
     if config.embedding.kind != "random" and checkpoint is None:
         set_embedding(model, embedding_table(config.embedding, data, token_embedding(model).embedding_dim))
     if config.embedding.freeze:

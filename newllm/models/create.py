@@ -22,6 +22,19 @@ def build_model(config: TrainConfig, vocab_size: int) -> LanguageModel:
     return importlib.import_module(f"newllm.models.{config.model.kind}").build(config, vocab_size)
 
 
+def load_published(model: LanguageModel, config: TrainConfig) -> None:
+    """Give a new model the published weights that its configuration names, if it names any.
+
+    Raises:
+        ValueError: they do not fit the model or cannot be had.
+    """
+    source = getattr(config.model, "pretrained", None)
+    if source is not None:
+        from newllm.models.huggingface import load_pretrained
+
+        load_pretrained(model, source)
+
+
 def create_model(
     name: str, *, vocab_size: int, size: str = "nano", seed: int | None = None, **keys: Any
 ) -> LanguageModel:
@@ -37,8 +50,9 @@ def create_model(
         ValueError: an unknown name, key or value; the message lists what is allowed.
     """
     config = compose_model(name, size=size, keys=keys)
-    if seed is None:
-        return build_model(config, vocab_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build_model(config, vocab_size)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        model = build_model(config, vocab_size)
+    load_published(model, config)
+    return model

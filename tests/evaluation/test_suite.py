@@ -8,14 +8,16 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from newllm.config.compose import compose
 from newllm.evaluation.suite import run_evaluation
+from newllm.load import load_run
 from newllm.run import run_training
 
 TINY = [
     *("model=infini", "trainer=lct", "size.dim=16", "size.num_layers=2", "size.num_heads=2", "size.mlp_dim=32"),
-    *("layers.segment_length=8", "data=jsonl", "data.block_length=16", "data.batch_size=2", "data.eval_batch_size=4"),
+    *("data=jsonl", "data.block_length=16", "data.batch_size=2", "data.eval_batch_size=4"),
     *("data.max_train_blocks=6", "data.max_validation_blocks=6", "data.num_workers=0", "data.max_unseen=1"),
     *("tokenizer=bytes", "trainer.max_steps=2", "trainer.validate_every_steps=2", "trainer.checkpoint_every_steps=2"),
     *("trainer.log_every_steps=1", "callbacks.lag_every_steps=null", "callbacks.sample_every_steps=null"),
@@ -26,7 +28,7 @@ TINY = [
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps on the source of two modules."""
-    return train(tmp_path_factory.mktemp("trained"))
+    return train(tmp_path_factory.mktemp("trained"), "layers.segment_length=8")
 
 
 def train(folder: Path, *overrides: str) -> Path:
@@ -96,6 +98,32 @@ def test_damaged_checkpoint_is_refused(trained, tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:1000])
 
     assert "best.ckpt: is damaged" in refused(folder, capsys)
+
+
+def test_checkpoint_with_one_changed_byte_is_refused(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    path = folder / "checkpoints" / "best.ckpt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+    assert "best.ckpt: is damaged" in refused(folder, capsys)
+
+
+@pytest.mark.parametrize("trainer", ["standard", "lct"])
+def test_run_starts_from_published_weights(tmp_path, trainer):
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    published = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=257, **sizes))
+    published.save_pretrained(tmp_path / "published")
+    options = ["model=pythia", f"trainer={trainer}", f"model.pretrained={tmp_path / 'published'}", "optimizer.lr=1e-12"]
+
+    folder = train(tmp_path, *options)
+
+    weights = load_run(folder).model.layers[1].query_key_value.weight
+    expected = published.state_dict()["gpt_neox.layers.1.attention.query_key_value.weight"]
+    torch.testing.assert_close(weights, expected, atol=1e-8, rtol=0)
 
 
 def test_measurement_that_does_not_fit_the_model_is_refused(tmp_path, capsys):

@@ -5,6 +5,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from newllm.layers.pythia import PythiaConfig, PythiaLayer
+from newllm.models.create import create_model
 from newllm.models.huggingface import from_huggingface, load_pretrained, to_huggingface
 from newllm.models.transformer import TransformerLM
 
@@ -142,3 +143,19 @@ def test_other_architectures_are_refused(change, told):
 def test_parts_that_gpt_neox_has_not_are_not_exported(keys, told):
     with pytest.raises(ValueError, match=told):
         to_huggingface(ours(**keys))
+
+
+@torch.no_grad()
+def test_created_model_has_the_pretrained_weights(tmp_path, input_ids):
+    other = published()
+    other.save_pretrained(tmp_path)
+    sizes = {"dim": 24, "num_layers": 2, "num_heads": 3, "mlp_dim": 40, "rotary_share": 0.5}
+
+    model = create_model("pythia", vocab_size=37, **sizes, pretrained=str(tmp_path))
+
+    torch.testing.assert_close(model(input_ids).logits, other(input_ids).logits, atol=1e-4, rtol=0)
+
+
+def test_memory_layers_have_no_published_weights(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.pretrained: the stack holds InfiniLayer"):
+        create_model("infini", vocab_size=37, pretrained=str(tmp_path))

@@ -25,6 +25,10 @@ RUN_INDEPENDENT = (
 """Keys and groups that may differ when a run is resumed: they decide where and how it runs, not what it computes."""
 
 
+NO_STACK = "no stack"
+"""Depth of a model without num_layers: it is not made of the layers group, whose options it leaves unused."""
+
+
 class Unresolved:
     """Stands in the tree for a value that could not be resolved; the reason is reported elsewhere."""
 
@@ -113,7 +117,10 @@ class _Reading:
 
 
 def _depth(tree: Mapping[str, Any]) -> Any:
+    """Layers that a stack with `rest` is filled up to; NO_STACK where the model is not made of a stack."""
     model = tree.get("model")
+    if isinstance(model, Mapping) and "kind" in model and "num_layers" not in model:
+        return NO_STACK
     return model.get("num_layers") if isinstance(model, Mapping) else None
 
 
@@ -168,6 +175,8 @@ def _of_kind(tree: Any, base: type[GroupConfig], key: str, reading: _Reading) ->
 
 
 def _layers(tree: Any, key: str, reading: _Reading) -> LayersConfig | None:
+    if reading.depth is NO_STACK:
+        return LayersConfig(stack=(), kinds={})
     stack = tree.get("stack") if isinstance(tree, Mapping) else None
     kinds = kinds_of(LayerConfig)
     try:

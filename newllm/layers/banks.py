@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from newllm.layers.kernels import Elu, Kernel, Segment
 from newllm.layers.memory import LinearMemory, total
@@ -75,8 +76,7 @@ class Banks:
             return
         self._banks[target] = self.kernel.write(self._banks[target], self.segment, self._novelty_for(target))
         self._prepared[target] = None
-        is_other = torch.arange(len(self), device=self._is_empty_BN.device) != target
-        self._is_empty_BN = self._is_empty_BN & is_other
+        self._is_empty_BN = self._is_empty_BN & ~self._is(target)
         self._pass_turn(target)
 
     def detach(self) -> None:
@@ -88,21 +88,21 @@ class Banks:
         """Return True for banks that have something to say to the open segment's queries."""
         if not self.kernel.reads_open_segment:
             return ~self._is_empty_BN
-        is_target = torch.arange(len(self), device=self._is_empty_BN.device) == self._reading_target()
-        return ~self._is_empty_BN | is_target
+        return ~self._is_empty_BN | self._is(self._reading_target())
 
     def read_each(self, segment: Segment | None = None) -> Tensor:
         """Return what every bank answers [B, N, H, m, d], to the open segment's queries or to those of a part of it."""
         segment = self.segment if segment is None else segment
-        answers = [self._read(self._prepare(bank), segment) for bank in range(len(self))]
-        if self.kernel.reads_open_segment:
-            target = self._reading_target()
-            answers[target] = answers[target] + self._read_open(segment)
-        return torch.stack(answers, dim=1) if len(self) > 1 else answers[0].unsqueeze(1)
+        answers = self._read(self._prepare(), segment)
+        if not self.kernel.reads_open_segment:
+            return answers
+        is_target = self._is(self._reading_target()).to(answers.dtype).view(-1, 1, 1, 1)
+        return answers + is_target * self._read_open(segment).unsqueeze(1)
 
     def read_total(self) -> Tensor:
         """Return what one bank would answer that holds the sums of all of them [B, H, m, d]."""
-        answer = self._read(self.kernel.prepare(total(self._banks)), self.segment)
+        prepared = self.kernel.prepare(total(self._banks), self.segment.queries.shape[2])
+        answer = self._read(tuple(tensor.unsqueeze(1) for tensor in prepared), self.segment).squeeze(1)
         return answer + self._read_open(self.segment) if self.kernel.reads_open_segment else answer
 
     def weigh(self, answers: Tensor, weights: Tensor) -> Tensor:
@@ -114,14 +114,17 @@ class Banks:
             weights = weights * self.has_content().sum(1).view(-1, 1, 1, 1)
         return (weights.unsqueeze(-1) * answers).sum(1)
 
-    def landmarks(self) -> Tensor:
-        """Return the sum of the key features in every bank, as each query sees it: [B, N, H, 1, d] or [B, N, H, m, d]."""
-        norms = [bank.norm.unsqueeze(-2) for bank in self._banks]
-        if self.kernel.reads_open_segment:
-            target, num_queries = self._reading_target(), self.segment.queries.shape[2]
-            own = self.segment.keys.cumsum(dim=2)[:, :, self.segment.keys.shape[2] - num_queries :]
-            norms = [norm + own if bank == target else norm.expand_as(own) for bank, norm in enumerate(norms)]
-        return torch.stack(norms, dim=1)
+    def cosines(self) -> Tensor:
+        """Return how much the sum of each bank's key features points the way of each of the open segment's queries [B, N, H, m]."""
+        queries = self.segment.queries
+        norms = torch.stack([bank.norm for bank in self._banks], dim=-1)  # [B, H, d, N]
+        cosines = (queries @ normalize(norms, dim=-2)).permute(0, 3, 1, 2) / queries.norm(dim=-1).unsqueeze(1)
+        if not self.kernel.reads_open_segment:
+            return cosines
+        target = self._reading_target()
+        own = self.segment.keys.cumsum(dim=2)[:, :, self.segment.keys.shape[2] - queries.shape[2] :]
+        open_cosines = torch.cosine_similarity(queries, norms[..., target].unsqueeze(-2) + own, dim=-1)
+        return torch.where(self._is(target).view(-1, 1, 1), open_cosines.unsqueeze(1), cosines)
 
     def _next_open(self) -> int | None:
         """First bank from the current one on, in turn, that is not frozen; None if all are."""
@@ -149,10 +152,19 @@ class Banks:
             self._open_answer = self.kernel.read_open(segment, novelty)
         return self._open_answer
 
-    def _prepare(self, bank: int) -> Any:
-        if self._prepared[bank] is None:
-            self._prepared[bank] = self.kernel.prepare(self._banks[bank])
-        return self._prepared[bank]
+    def _prepare(self) -> tuple[Tensor, ...]:
+        """What reads of all banks need, side by side on axis 1; only for banks written since, it is made anew."""
+        num_queries = self.segment.queries.shape[2] if len(self) == 1 else None
+        for bank, prepared in enumerate(self._prepared):
+            if prepared is None:
+                self._prepared[bank] = self.kernel.prepare(self._banks[bank], num_queries)
+        if len(self) == 1:
+            return tuple(tensor.unsqueeze(1) for tensor in self._prepared[0])
+        return tuple(torch.stack(tensors, dim=1) for tensors in zip(*self._prepared, strict=True))
+
+    def _is(self, bank: int) -> Tensor:
+        """True for that bank [N]."""
+        return torch.arange(len(self), device=self._is_empty_BN.device) == bank
 
     def _pass_turn(self, target: int) -> None:
         if len(self) == 1:

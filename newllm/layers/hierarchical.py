@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from newllm.config.schema import LayerConfig
 from newllm.layers.banks import Banks
 from newllm.layers.kernels import take_positions
 from newllm.layers.memory_layer import MemoryConfig, MemoryLayer, Recall
-from newllm.layers.multi_memory import choose, selection_gate
+from newllm.layers.multi_memory import choice_flops, choose, selection_gate
 
 EXPANSION_WIDTH = 128
 
@@ -65,22 +66,18 @@ class HierarchicalLayer(MemoryLayer):
         expansion = torch.sigmoid(self.expansion_gate(coarse.transpose(1, 2).flatten(2))).squeeze(-1)  # [B, m]
         if self.training or self.expand_threshold is None:
             fine = banks.weigh(banks.read_each(), choose(banks, self.selection_gate))
-            facts = {"expansion_mean": expansion, "expanded_share": torch.ones_like(expansion)}
-            return Recall(torch.lerp(coarse, fine, expansion[:, None, :, None]), facts)
-        is_expanded = expansion >= self.expand_threshold
-        facts = {"expansion_mean": expansion, "expanded_share": is_expanded.to(expansion.dtype)}
-        return Recall(self._expand(banks, coarse, expansion * is_expanded, is_expanded), facts)
+            return Recall(torch.lerp(coarse, fine, expansion[:, None, :, None]), expansion)
+        return Recall(self._expand(banks, coarse, expansion, expansion >= self.expand_threshold), expansion)
 
-    def recall_flops(self, length: int, num_segments: int) -> float:
-        coarse = length * self.kernel.read_flops(self.head_dim) + num_segments * self.kernel.prepare_flops(
-            self.head_dim
-        )
-        expansion = (
-            2
-            * length
-            * sum(parameter.numel() for parameter in self.expansion_gate.parameters() if parameter.dim() == 2)
-        )
-        return super().recall_flops(length, num_segments) + coarse + expansion / self.num_heads
+    def recall_flops(self, lengths: Sequence[int]) -> float:
+        fine = super().recall_flops(lengths) + choice_flops(self, sum(lengths))
+        coarse = self.kernel.recall_flops(lengths, 1, self.head_dim)
+        gate = 2 * sum(lengths) * sum(p.numel() for p in self.expansion_gate.parameters() if p.dim() == 2)
+        return fine + coarse + gate / self.num_heads
+
+    def facts(self, decisions: Tensor) -> dict[str, Tensor]:
+        threshold = 0.0 if self.training or self.expand_threshold is None else self.expand_threshold
+        return {"expansion_mean": decisions, "expanded_share": decisions >= threshold}
 
     def _expand(self, banks: Banks, coarse: Tensor, expansion: Tensor, is_expanded: Tensor) -> Tensor:
         """The coarse answers, with fine ones mixed in where `is_expanded` [B, m]: only for those positions they are read."""
@@ -92,7 +89,7 @@ class HierarchicalLayer(MemoryLayer):
         chosen = torch.take_along_dim(weights, index[:, None, None], dim=-1)
         fine = banks.weigh(banks.read_each(banks.kernel.take(banks.segment, index)), chosen)
         # Rows with fewer expanded positions fill up with others, whose expansion is 0.
-        change = torch.take_along_dim(expansion, index, dim=1)[:, None, :, None] * (
+        change = torch.take_along_dim(expansion * is_expanded, index, dim=1)[:, None, :, None] * (
             fine - take_positions(coarse, index)
         )
         return coarse.scatter_add(2, index[:, None, :, None].expand_as(change), change)

@@ -48,7 +48,7 @@ class InfiniLayer(MemoryLayer):
     def recall(self, banks: Banks) -> Recall:
         answers = banks.read_each()
         if self.num_banks == 1:
-            return Recall(answers[:, 0], {})
+            return Recall(answers.squeeze(1), None)
         has_content = banks.has_content()
         weights = shares(self.bank_gate.to(answers.dtype).expand(has_content.shape), has_content)
-        return Recall(banks.weigh(answers, weights[..., None, None]), {})
+        return Recall(banks.weigh(answers, weights[..., None, None]), None)

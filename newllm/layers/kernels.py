@@ -5,13 +5,14 @@ m: queries of a segment that are asked in this call. L: tokens of the segment so
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from newllm.layers.memory import Bank, LinearMemory, WriteRule, divide
-from newllm.layers.segments import Segments
+from newllm.layers.segments import Segments, causal
 
 
 class Segment(NamedTuple):
@@ -88,16 +89,26 @@ class Kernel:
         """Return the segment with only the chosen queries of each row, [B, H, K, d]."""
         return segment._replace(queries=take_positions(segment.queries, index_BK))
 
-    def prepare(self, bank: Bank) -> Any:
-        """Return what reads of the bank share until it is written."""
-        return bank
+    def prepare(self, bank: Bank, num_queries: int | None) -> tuple[Tensor, ...]:
+        """Return what reads of the bank share until it is written, each [B, H, ...].
+
+        Args:
+            bank: to read from.
+            num_queries: queries per row that will be answered; None if the bank is read again without being written.
+        """
+        return bank.matrix, bank.norm.unsqueeze(-1)
 
     def novelty(self, bank: Bank, segment: Segment) -> Tensor:
         """Return the values [B, H, L, d] that writing the segment to the bank would associate with its keys."""
         return segment.values
 
-    def read(self, prepared: Any, segment: Segment) -> Tensor:
-        """Return what the bank answers to the segment's queries [B, H, m, d]; zeros while it is empty."""
+    def read(self, prepared: tuple[Tensor, ...], segment: Segment) -> Tensor:
+        """Return what banks answer to the segment's queries [B, N, H, m, d]; zeros where one is empty.
+
+        Args:
+            prepared: of all banks, side by side on axis 1.
+            segment: whose queries are asked.
+        """
         raise NotImplementedError
 
     def read_open(self, segment: Segment, novelty: Tensor) -> Tensor:
@@ -109,13 +120,9 @@ class Kernel:
         turned = segment.keys.transpose(-1, -2)
         return bank.plus(matrix=turned @ novelty, norm=segment.keys.sum(dim=2))
 
-    def prepare_flops(self, head_dim: int) -> float:
-        """Return the FLOPs of `prepare` on one head."""
-        return 0
-
-    def read_flops(self, head_dim: int) -> float:
-        """Return the FLOPs of one query on one head."""
-        return 2 * head_dim**2
+    def recall_flops(self, lengths: Sequence[int], num_banks: int, head_dim: int) -> float:
+        """Return the FLOPs on one head of reading all banks for segments of these lengths, written in turn from empty ones."""
+        return 2 * sum(lengths) * num_banks * head_dim**2
 
     def write_flops(self, head_dim: int) -> float:
         """Return the FLOPs of one token written on one head."""
@@ -132,20 +139,22 @@ class Elu(Kernel):
     Source: Infini-attention (Munkhdalai et al., 2024), eq. 3 to 5. Differs: zeros, not 0/0, while a bank is empty.
     """
 
-    def read(self, prepared: Bank, segment: Segment) -> Tensor:
-        return divide(segment.queries @ prepared.matrix, segment.queries @ prepared.norm.unsqueeze(-1))
+    def read(self, prepared: tuple[Tensor, ...], segment: Segment) -> Tensor:
+        matrix, norm = prepared
+        queries = segment.queries.unsqueeze(1)
+        return divide(queries @ matrix, queries @ norm)
 
-    def sums(self, prepared: Bank, segment: Segment) -> Tensor:
-        """Return the reading before its division, numerator and denominator side by side [B, H, m, d + 1]."""
-        return segment.queries @ torch.cat([prepared.matrix, prepared.norm.unsqueeze(-1)], dim=-1)
+    def sums(self, prepared: tuple[Tensor, ...], segment: Segment) -> Tensor:
+        """Return the reading before its division, numerator and denominator side by side [B, N, H, m, d + 1]."""
+        return segment.queries.unsqueeze(1) @ torch.cat(prepared, dim=-1)
 
     def novelty(self, bank: Bank, segment: Segment) -> Tensor:
         if self.rule == "linear":
             return segment.values
         return segment.values - divide(segment.keys @ bank.matrix, segment.keys @ bank.norm.unsqueeze(-1))
 
-    def read_flops(self, head_dim: int) -> float:
-        return 2 * head_dim * (head_dim + 1)
+    def recall_flops(self, lengths: Sequence[int], num_banks: int, head_dim: int) -> float:
+        return 2 * sum(lengths) * num_banks * head_dim * (head_dim + 1)
 
     def write_flops(self, head_dim: int) -> float:
         delta = 2 * head_dim * (head_dim + 1) if self.rule == "delta" else 0
@@ -161,15 +170,15 @@ class Centred(Kernel):
 
     keeps = frozenset({"value_sum", "tokens"})
 
-    def prepare(self, bank: Bank) -> tuple[Tensor, Tensor]:
+    def prepare(self, bank: Bank, num_queries: int | None) -> tuple[Tensor, ...]:
         mean_key = bank.norm / bank.tokens.clamp(min=1).unsqueeze(-1)
         centred = bank.matrix - mean_key.unsqueeze(-1) * bank.value_sum.unsqueeze(-2)
         fill = 1 + bank.tokens / bank.norm.shape[-1]
         return centred / fill[..., None, None], mean_key.unsqueeze(-2)
 
-    def read(self, prepared: tuple[Tensor, Tensor], segment: Segment) -> Tensor:
+    def read(self, prepared: tuple[Tensor, ...], segment: Segment) -> Tensor:
         centred, mean_key = prepared
-        return (segment.queries - mean_key) @ centred
+        return (segment.queries.unsqueeze(1) - mean_key) @ centred
 
     def write(self, bank: Bank, segment: Segment, novelty: Tensor) -> Bank:
         written = super().write(bank, segment, novelty)
@@ -191,18 +200,31 @@ class Ridge(Kernel):
         super().__init__()
         self.penalty = penalty
 
-    def prepare(self, bank: Bank) -> Tensor:
+    def prepare(self, bank: Bank, num_queries: int | None) -> tuple[Tensor, ...]:
         scale = self.penalty * (1 + bank.gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True))  # [B, H, 1]
-        return torch.linalg.solve(bank.gram + torch.diag_embed(scale.expand_as(bank.norm)), bank.matrix)
+        gram = bank.gram + torch.diag_embed(scale.expand_as(bank.norm))
+        if _asks_few(num_queries, bank.norm.shape[-1]):
+            return gram, bank.matrix
+        return (torch.linalg.solve(gram, bank.matrix),)
 
-    def read(self, prepared: Tensor, segment: Segment) -> Tensor:
-        return segment.queries @ prepared
+    def read(self, prepared: tuple[Tensor, ...], segment: Segment) -> Tensor:
+        queries = segment.queries.unsqueeze(1)
+        if len(prepared) == 1:
+            return queries @ prepared[0]
+        # Symmetric: the queries may stand for the right sides, where they are fewer than the values' dims.
+        gram, matrix = prepared
+        return torch.linalg.solve(gram, queries.mT.expand(*gram.shape[:-1], -1)).mT @ matrix
 
     def write(self, bank: Bank, segment: Segment, novelty: Tensor) -> Bank:
         return super().write(bank, segment, novelty).plus(gram=segment.keys.transpose(-1, -2) @ segment.keys)
 
-    def prepare_flops(self, head_dim: int) -> float:
-        return 8 / 3 * head_dim**3  # LU factors, then d right sides forward and back
+    def recall_flops(self, lengths: Sequence[int], num_banks: int, head_dim: int) -> float:
+        factors, side = 2 / 3 * head_dim**3, 2 * head_dim**2
+        if num_banks > 1:
+            solves = num_banks + len(lengths) - 1  # every bank once, then the one that was written
+            return solves * (factors + side * head_dim) + side * sum(lengths) * num_banks
+        few = (m if _asks_few(m, head_dim) else head_dim for m in lengths)
+        return sum(factors + side * sides for sides in few) + side * sum(lengths)
 
     def write_flops(self, head_dim: int) -> float:
         return 4 * head_dim**2
@@ -227,11 +249,12 @@ class DeltaToken(Kernel):
         queries = torch.nn.functional.normalize(segments.queries, dim=-1)
         keys = torch.nn.functional.normalize(segments.keys, dim=-1)
         strong_keys = segments.strengths * keys
-        steps = (strong_keys @ keys.transpose(-1, -2)).tril(-1)  # [B, H, n, L, L]
+        steps = strong_keys @ keys.mT  # [B, H, n, L, L], of which the solver reads the part below the diagonal
         sides = torch.cat([strong_keys, segments.strengths * segments.values], dim=-1)
-        erased, fresh = torch.linalg.solve_triangular(steps, sides, upper=False, unitriangular=True).chunk(2, dim=-1)
-        scores = queries @ keys.transpose(-1, -2)
-        scores = scores.tril(scores.shape[-1] - scores.shape[-2])  # [B, H, n, m, L]
+        # From the right, transposed: BLAS wants columns, and this way nothing is copied.
+        solved = torch.linalg.solve_triangular(steps.mT, sides.mT, upper=True, left=False, unitriangular=True)
+        erased, fresh = solved.mT.chunk(2, dim=-1)
+        scores = causal(queries @ keys.mT)  # [B, H, n, m, L]
         products = zip(*(tensor.unbind(2) for tensor in (queries, keys, erased, fresh, scores)), strict=True)
         return [part._replace(products=own) for part, own in zip(super().split(segments), products, strict=True)]
 
@@ -244,8 +267,8 @@ class DeltaToken(Kernel):
         _, _, erased, fresh, _ = segment.products
         return fresh - erased @ bank.matrix
 
-    def read(self, prepared: Bank, segment: Segment) -> Tensor:
-        return segment.products[0] @ prepared.matrix
+    def read(self, prepared: tuple[Tensor, ...], segment: Segment) -> Tensor:
+        return segment.products[0].unsqueeze(1) @ prepared[0]
 
     def read_open(self, segment: Segment, novelty: Tensor) -> Tensor:
         return segment.products[4] @ novelty
@@ -259,6 +282,10 @@ class DeltaToken(Kernel):
         squares = 2 * 3 * head_dim * length**2  # steps, scores, and the scores' sums of novelties
         solve = 2 * head_dim * length**2  # half a square, twice as wide
         return squares + solve + 2 * length * head_dim**2
+
+
+def _asks_few(num_queries: int | None, head_dim: int) -> bool:
+    return num_queries is not None and num_queries < head_dim
 
 
 def take_positions(tensor_BHTd: Tensor, index_BK: Tensor) -> Tensor:

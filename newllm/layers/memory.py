@@ -88,7 +88,8 @@ def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 def total(banks: Sequence[Bank]) -> Bank:
     """Return one bank that holds what all of them hold; exact if they were written by the linear rule."""
-    return Bank(*(reduce(torch.add, tensors) for tensors in zip(*banks, strict=True)))
+    columns = zip(*banks, strict=True)
+    return Bank(*(reduce(torch.add, tensors) if tensors[0].numel() > 0 else tensors[0] for tensors in columns))
 
 
 def merge(memories: Sequence[LinearMemory]) -> LinearMemory:

@@ -6,6 +6,7 @@ m: queries of a segment that are asked in this call. n: segments side by side.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -81,11 +82,11 @@ class Recall(NamedTuple):
 
     Attributes:
         values: [B, H, m, d]; with mix=joint numerator and denominator side by side [B, H, m, d + 1].
-        facts: what a layer decided per position on the way, by name, each [B, m].
+        decisions: what the layer decided per position on the way [B, ..., m]; None if nothing.
     """
 
     values: Tensor
-    facts: dict[str, Tensor]
+    decisions: Tensor | None
 
 
 class Attended(NamedTuple):
@@ -137,11 +138,13 @@ class MemoryLayer(Layer):
     def recall(self, banks: Banks) -> Recall:
         """Return what the memories say to the queries of the open segment; zeros while all are empty."""
 
-    def recall_flops(self, length: int, num_segments: int) -> float:
-        """Return the matrix FLOPs on one head of `recall` over a text of `length` tokens read from its start."""
-        prepared = self.num_banks + num_segments - 1  # every bank once, then the one that was written
-        reads = length * self.num_banks * self.kernel.read_flops(self.head_dim)
-        return reads + prepared * self.kernel.prepare_flops(self.head_dim)
+    def recall_flops(self, lengths: Sequence[int]) -> float:
+        """Return the matrix FLOPs on one head of `recall` over a text of segments of these lengths."""
+        return self.kernel.recall_flops(lengths, self.num_banks, self.head_dim)
+
+    def facts(self, decisions: Tensor) -> dict[str, Tensor]:
+        """Return what is worth knowing of the decisions of `recall`, per position, by name."""
+        return {}
 
     def initial_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> MemoryLayerState:
         zeros, sizes = (0,) * batch_size, (self.num_heads, self.head_dim)
@@ -173,8 +176,10 @@ class MemoryLayer(Layer):
         """
         normed, rows = self.attention_norm(hidden), []
         for row in range(hidden.shape[0]):
-            attended, facts, _ = self._attend(normed[row : row + 1], state.select([row]), update_memory=True)
+            attended, recalls, _ = self._attend(normed[row : row + 1], state.select([row]), update_memory=True)
             norms = attended.recalled.square().sum(dim=(1, 3)).sqrt()
+            decisions = [recall.decisions for recall in recalls if recall.decisions is not None]
+            facts = self.facts(torch.cat(decisions, dim=-1)) if decisions else {}
             rows.append({"gate_mean": attended.gates, "read_norm": norms, **facts})
         return {name: float(torch.stack([row[name].float().mean() for row in rows]).mean()) for name in rows[0]}
 
@@ -199,7 +204,7 @@ class MemoryLayer(Layer):
         local = 0 if self.options.local == "none" else sum(4 * self.head_dim * tokens**2 for tokens in segments)
         inside = sum(self.kernel.segment_flops(tokens, self.head_dim) for tokens in segments)
         writes = closed * self.options.segment_length * self.kernel.write_flops(self.head_dim)
-        attention = self.num_heads * (local + inside + writes + self.recall_flops(length, len(segments)))
+        attention = self.num_heads * (local + inside + writes + self.recall_flops(segments))
         strength = 2 * self.strength.weight.numel() if self.kernel.has_strengths else 0
         return 2 * 4 * self.query.weight.numel() + strength + attention / length + self.mlp.flops_per_token()
 
@@ -210,8 +215,8 @@ class MemoryLayer(Layer):
 
     def _attend(
         self, normed: Tensor, state: MemoryLayerState, update_memory: bool
-    ) -> tuple[Attended, dict[str, Tensor], MemoryLayerState]:
-        """Attention, facts and next state for rows whose segments and banks stand at the same place."""
+    ) -> tuple[Attended, list[Recall], MemoryLayerState]:
+        """Attention, what it recalled by segment, and the next state, for rows whose segments and banks stand at the same place."""
         queries, keys, values = (self._heads(projection(normed)) for projection in (self.query, self.key, self.value))
         strengths = keys[..., :0]
         if self.kernel.has_strengths:
@@ -223,9 +228,10 @@ class MemoryLayer(Layer):
 
     def _attend_segments(
         self, queries: Tensor, tokens: Tokens, state: MemoryLayerState, update_memory: bool
-    ) -> tuple[Attended, dict[str, Tensor], MemoryLayerState]:
+    ) -> tuple[Attended, list[Recall], MemoryLayerState]:
         """As `_attend`, from the queries of the call and all tokens since the open segment began."""
-        banks, local, recalls, contents = self._banks(state, queries.dtype), [], [], []
+        banks, local, contents = self._banks(state, queries.dtype), [], []
+        recalls: list[Recall] = []
         closed, length = 0, self.options.segment_length
         for segments in cut(queries, tokens, length):
             local.append(self._local(segments))
@@ -241,10 +247,9 @@ class MemoryLayer(Layer):
                 if self.options.detach_every is not None and closed % self.options.detach_every == 0:
                     banks.detach()
         recalled = torch.cat([recall.values for recall in recalls], dim=2)
-        facts = {name: torch.cat([recall.facts[name] for recall in recalls], dim=1) for name in recalls[0].facts}
         has_content = torch.cat(contents, dim=1).unsqueeze(1).unsqueeze(-1)  # [B, T] -> [B, 1, T, 1]
         attended = self._mix(recalled, torch.cat(local, dim=2), has_content)
-        return attended, facts, _state_after(state, banks, tokens.last(tokens.keys.shape[2] - closed * length))
+        return attended, recalls, _state_after(state, banks, tokens.last(tokens.keys.shape[2] - closed * length))
 
     def _heads(self, projected: Tensor) -> Tensor:
         """[B, T, H*d] -> [B, H, T, d], at least fp32: sums over a long text lose their last terms below that."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -48,8 +49,18 @@ class MultiMemoryLayer(MemoryLayer):
 
     def recall(self, banks: Banks) -> Recall:
         weights = choose(banks, self.selection_gate)
-        entropy = torch.special.entr(weights).sum(1).mean(1)  # [B, N, H, m] -> [B, m]
-        return Recall(banks.weigh(banks.read_each(), weights), {"selection_entropy": entropy})
+        return Recall(banks.weigh(banks.read_each(), weights), weights)
+
+    def recall_flops(self, lengths: Sequence[int]) -> float:
+        return super().recall_flops(lengths) + choice_flops(self, sum(lengths))
+
+    def facts(self, decisions: Tensor) -> dict[str, Tensor]:
+        return {"selection_entropy": torch.special.entr(decisions).sum(1)}  # nats
+
+
+def choice_flops(layer: MemoryLayer, length: int) -> float:
+    """Return the matrix FLOPs on one head of choosing between a layer's memories at every position."""
+    return 2 * length * layer.num_banks * layer.head_dim
 
 
 def selection_gate() -> nn.Parameter:
@@ -64,8 +75,6 @@ def choose(banks: Banks, log_scale: Tensor) -> Tensor:
         banks: memories, with a segment open.
         log_scale: log tau.
     """
-    queries = nn.functional.normalize(banks.segment.queries, dim=-1).unsqueeze(1)  # [B, 1, H, m, d]
-    landmarks = nn.functional.normalize(banks.landmarks(), dim=-1)
-    cosines = (queries * landmarks).sum(-1)
+    cosines = banks.cosines()
     has_content = banks.has_content().view(*cosines.shape[:2], 1, 1)
     return shares(log_scale.to(cosines.dtype).exp() * cosines, has_content)

@@ -76,11 +76,13 @@ class TrainerConfig(GroupConfig):
     Attributes:
         needs_feedback: the procedure trains a recurrence and refuses a model without one.
         allows_feedback: the procedure can train a model with a recurrence.
+        reads_in_lanes: texts come in order, one per row of a batch, and the state goes on from batch to batch.
         losses: kinds of loss it can minimise.
     """
 
     needs_feedback: ClassVar[bool] = False
     allows_feedback: ClassVar[bool] = True
+    reads_in_lanes: ClassVar[bool] = False
     losses: ClassVar[tuple[str, ...]] = ("next_token",)
 
     kind: str

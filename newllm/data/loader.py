@@ -54,6 +54,10 @@ class EpochBatches:
             return self.own_samples
         return np.random.default_rng((self.seed, epoch, self.rank)).permutation(self.own_samples)
 
+    def pick(self, order: np.ndarray, number: int) -> np.ndarray:
+        """Return the sample ids of a batch of an epoch with that order."""
+        return order[number * self.batch_size : (number + 1) * self.batch_size]
+
 
 class EpochIterator(Iterator[list[int]]):
     """The rest of one epoch. Its state is read by the loader together with each batch that it hands out.
@@ -67,14 +71,14 @@ class EpochIterator(Iterator[list[int]]):
 
     def __next__(self) -> list[int]:
         order = self._begin() if self.order is None else self.order
-        start = self.batches_done * self.batches.batch_size
-        if start >= len(order):
+        if self.batches_done >= len(self.batches):
             raise StopIteration
+        picked = self.batches.pick(order, self.batches_done)
         self.batches_done += 1
         if self.batches_done == len(self.batches):
             # Told now, not when asked once more: Lightning counts batches and never asks after the last.
             self.batches.epoch = self.epoch + 1
-        return [int(sample_id) for sample_id in order[start : start + self.batches.batch_size]]
+        return [int(sample_id) for sample_id in picked]
 
     def state_dict(self) -> dict[str, int]:
         source = self.batches if self.order is None else self

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from newllm.config.schema import DataConfig, TokenizerConfig, TrainConfig
 from newllm.data.compression import compressed_bits_per_byte
+from newllm.data.lanes import LaneBatches, TextBlocks, in_lanes
 from newllm.data.loader import EpochBatches, PositionLoader, make_loader
 from newllm.data.prepared import PreparedData, Samples
 from newllm.data.tokenizer import Tokenizer
@@ -23,13 +24,15 @@ class TextDataModule(LightningDataModule):
         data: the source; newllm/data/<kind>.py prepares it.
         tokenizer: how its text becomes ids.
         seed: of the order of training samples.
+        in_lanes: texts follow each other in lanes, one per row of a batch (see newllm/data/lanes.py).
     """
 
-    def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, *, seed: int) -> None:
+    def __init__(self, data: DataConfig, tokenizer: TokenizerConfig, *, seed: int, in_lanes: bool = False) -> None:
         super().__init__()
         self.data_config = data
         self.tokenizer_config = tokenizer
         self.seed = seed
+        self.in_lanes = in_lanes
         self._prepared: PreparedData | None = None
 
     def prepare(self) -> None:
@@ -40,7 +43,8 @@ class TextDataModule(LightningDataModule):
         """
         if self._prepared is None:
             source = importlib.import_module(f"newllm.data.{self.data_config.kind}")
-            self._prepared = source.prepare(self.data_config, self.tokenizer_config)
+            prepared = source.prepare(self.data_config, self.tokenizer_config)
+            self._prepared = in_lanes(prepared, num_lanes=self.data_config.batch_size) if self.in_lanes else prepared
 
     def prepare_data(self) -> None:
         self.prepare()
@@ -158,17 +162,26 @@ class TextDataModule(LightningDataModule):
         ranks = (
             {} if self.trainer is None else {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
         )
-        batches = EpochBatches(len(samples), batch_size, seed=seed, shuffle=shuffle, **ranks)
+        batches: EpochBatches
+        if self.in_lanes:
+            assert isinstance(samples, TextBlocks), "in_lanes has cut the texts"
+            batches = LaneBatches(samples, batch_size, seed=seed, shuffle=shuffle, **ranks)
+        else:
+            batches = EpochBatches(len(samples), batch_size, seed=seed, shuffle=shuffle, **ranks)
         return make_loader(samples, batches, num_workers=num_workers, pin_memory=torch.cuda.is_available())
 
 
-def build_data(config: TrainConfig, *, tokenizer_file: Path | None = None) -> TextDataModule:
+def build_data(
+    config: TrainConfig, *, tokenizer_file: Path | None = None, in_lanes: bool | None = None
+) -> TextDataModule:
     """Return the data module of a run, not yet prepared.
 
     Args:
         config: of the run.
         tokenizer_file: tokenizer.json that the run has saved; a resumed or evaluated run reads its text with that one,
             whatever has become of the cache. None where the run has none yet, or needs none.
+        in_lanes: texts follow each other in lanes; None: as the trainer reads them.
     """
     tokenizer = config.tokenizer if tokenizer_file is None else saved_tokenizer(config.tokenizer, tokenizer_file)
-    return TextDataModule(config.data, tokenizer, seed=config.seed)
+    chosen = config.trainer.reads_in_lanes if in_lanes is None else in_lanes
+    return TextDataModule(config.data, tokenizer, seed=config.seed, in_lanes=chosen)

@@ -8,13 +8,20 @@ import pytest
 import torch
 
 from newllm.config.compose import compose
+from newllm.config.library import options
 from newllm.run import run_training
 from newllm.run_record import read_metrics
 
 TINY = [
-    *("model=infini", "size.dim=16", "size.num_layers=2", "size.num_heads=2", "size.mlp_dim=32"),
-    *("layers.segment_length=8", "data=jsonl", "data.block_length=16", "data.batch_size=2", "data.eval_batch_size=4"),
-    *("data.max_train_blocks=14", "data.max_validation_blocks=4", "data.num_workers=2", "data.max_unseen=1", "tokenizer=bytes"),
+    *("size.dim=16", "size.num_heads=2", "size.mlp_dim=32"),
+    *("data=jsonl", "data.block_length=16", "data.batch_size=2", "data.eval_batch_size=4"),
+    *(
+        "data.max_train_blocks=14",
+        "data.max_validation_blocks=4",
+        "data.num_workers=2",
+        "data.max_unseen=1",
+        "tokenizer=bytes",
+    ),
     *("trainer.accumulate_batches=2", "trainer.max_steps=12", "trainer.validate_every_steps=3"),
     *("trainer.checkpoint_every_steps=2", "trainer.log_every_steps=1", "schedule.warmup_steps=2"),
     *("callbacks.lag_every_steps=null", "callbacks.sample_every_steps=5", "callbacks.sample_tokens=4"),
@@ -60,31 +67,46 @@ def assert_same(left: Any, right: Any, where: str = "") -> None:
         assert left == right, where
 
 
+INFINI = ["model=infini", "size.num_layers=2", "layers.segment_length=8"]
 PROCEDURES = {
-    "standard": ["trainer=standard"],
-    "sequential": ["trainer=sequential"],
-    "lct": ["trainer=lct", "trainer.sweeps=2"],
-    "lct_disk": ["trainer=lct", "trainer.cache=disk"],
-    "lct_no_cache": ["trainer=lct", "trainer.cache=none"],
-    "lct_auto": ["trainer=lct", "trainer.sweeps=auto"],
-    "ema": ["trainer=lct", "trainer.ema_decay=0.9"],
+    "standard": [*INFINI, "trainer=standard"],
+    "sequential": [*INFINI, "trainer=sequential"],
+    "lct": [*INFINI, "trainer=lct", "trainer.sweeps=2"],
+    "lct_disk": [*INFINI, "trainer=lct", "trainer.cache=disk"],
+    "lct_no_cache": [*INFINI, "trainer=lct", "trainer.cache=none"],
+    "lct_auto": [*INFINI, "trainer=lct", "trainer.sweeps=auto"],
+    "streaming": ["model=infini", "layers.segment_length=8", "trainer=streaming"],
+    "streaming_lanes": [
+        *("trainer=streaming", "trainer.detach_every=2", "trainer.context_tokens=5", "data.max_train_blocks=null"),
+        *("model=multi_memory", "layers.memory_heads=2", "layers.segment_length=8", "model.feedback=additive"),
+    ],
+    "ema": [*INFINI, "trainer=lct", "trainer.ema_decay=0.9"],
+    "selective": ["model=selective", "trainer=selective"],
+    "trm": ["model=trm", "trainer=trm"],
 }
+
+
+def test_every_trainer_is_continued_here():
+    tested = {option.partition("=")[2] for chosen in PROCEDURES.values() for option in chosen if "trainer=" in option}
+
+    assert tested == set(options("trainer"))
 
 
 @pytest.mark.parametrize("procedure", PROCEDURES)
 def test_a_run_continued_twice_equals_the_run_never_interrupted(procedure: str, text: Path, tmp_path: Path):
-    options = PROCEDURES[procedure]
-    straight = train(tmp_path / "straight", text, *options)
+    chosen = PROCEDURES[procedure]
+    straight = train(tmp_path / "straight", text, *chosen)
     folder = tmp_path / "broken"
 
-    train(folder, text, *options, "stop_at_step=5")
-    train(folder, text, *options, f"resume={folder}", "stop_at_step=8")
-    continued = train(folder, text, *options, f"resume={folder}")
+    train(folder, text, *chosen, "stop_at_step=5")
+    train(folder, text, *chosen, f"resume={folder}", "stop_at_step=8")
+    continued = train(folder, text, *chosen, f"resume={folder}")
 
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "random_state"):
         assert_same(straight[part], continued[part], part)
-    if "lagged_cache" in straight:
-        assert_same(straight["lagged_cache"], continued["lagged_cache"], "lagged_cache")
+    for part in ("lagged_cache", "stream"):
+        if part in straight:
+            assert_same(straight[part], continued[part], part)
     without_speed = [
         [{name: value for name, value in line.items() if not name.startswith("speed/")} for line in read_metrics(run)]
         for run in (tmp_path / "straight", folder)
@@ -94,18 +116,18 @@ def test_a_run_continued_twice_equals_the_run_never_interrupted(procedure: str, 
 
 
 def test_a_cache_too_large_for_a_checkpoint_is_rebuilt_and_said(text: Path, tmp_path: Path, caplog):
-    options = ["trainer=lct", "trainer.cache_checkpoint_limit=0"]
-    train(tmp_path, text, *options, "stop_at_step=6")
+    chosen = [*INFINI, "trainer=lct", "trainer.cache_checkpoint_limit=0"]
+    train(tmp_path, text, *chosen, "stop_at_step=6")
 
     with caplog.at_level("WARNING"):
-        train(tmp_path, text, *options, f"resume={tmp_path}")
+        train(tmp_path, text, *chosen, f"resume={tmp_path}")
 
     assert "rebuilt by 2 sweeps" in caplog.text
     assert (tmp_path / "DONE").exists()
 
 
 def test_evaluation_reproduces_what_the_run_logged(text: Path, tmp_path: Path):
-    train(tmp_path, text, "trainer=lct")
+    train(tmp_path, text, *INFINI, "trainer=lct")
 
     results = json.loads((tmp_path / "evaluation.json").read_text())
 

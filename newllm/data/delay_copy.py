@@ -11,11 +11,10 @@ import torch
 from newllm.config.fields import Count, Range
 from newllm.config.schema import DataConfig, TokenizerConfig
 from newllm.data.prepared import Batch, PreparedData
+from newllm.data.recall import NO_TARGET, split_sizes
 
 if TYPE_CHECKING:
     from newllm.config.schema import TrainConfig
-
-NO_TARGET = -100  # labels that losses leave out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,27 +86,12 @@ def draw_rows(data: DelayCopyConfig) -> np.ndarray:
     return rows
 
 
-def split_sizes(data: DelayCopyConfig) -> dict[str, int]:
-    """Return how many rows each split offers.
-
-    Raises:
-        ValueError: no row would be left for training.
-    """
-    validation = max(1, round(data.validation_share * data.num_samples))
-    test = round(data.test_share * data.num_samples)
-    train = data.num_samples - validation - test
-    if train < 1:
-        raise ValueError(
-            f"data.validation_share={data.validation_share}, data.test_share={data.test_share}: leave no row of "
-            f"data.num_samples={data.num_samples} for training. Allowed: at least one. Lower the shares."
-        )
-    return {"train": train, "validation": validation, "test": test}
-
-
 def prepare(data: DelayCopyConfig, tokenizer: TokenizerConfig) -> PreparedData:
     """Return the generated rows; the tokenizer configuration plays no part."""
     rows = draw_rows(data)
-    sizes = split_sizes(data)
+    sizes = split_sizes(
+        num_samples=data.num_samples, validation_share=data.validation_share, test_share=data.test_share
+    )
     limits = {"train": data.max_train_blocks, "validation": data.max_validation_blocks, "test": None}
     ends = np.cumsum(list(sizes.values()))
     parts = {

@@ -175,7 +175,7 @@ def _train_and_record(prepared: Prepared, record: RunRecord, started: float) -> 
     draw_curves(folder)
     record.finish(
         status="finished" if reason is None else "stopped",
-        exit_reason=reason or f"{config.trainer.max_steps} steps, or early stopping",
+        exit_reason=reason or _ending(config, session.checkpoints.last_step),
         tokens=session.telemetry.tokens,
         tokens_per_second=session.telemetry.tokens_per_second,
         wall_seconds=time.monotonic() - started,
@@ -190,6 +190,13 @@ def _train_and_record(prepared: Prepared, record: RunRecord, started: float) -> 
     results = run_suite(load_run(folder, "best"), config.evaluation)
     print(closing_lines(folder, results))
     return last.get("val/loss")
+
+
+def _ending(config: TrainConfig, last_step: int | None) -> str:
+    if last_step == config.trainer.max_steps:
+        return f"trainer.max_steps={last_step} made"
+    patience = config.trainer.early_stopping_patience
+    return f"early stopping at step {last_step}: {patience} validations without a better val/loss; the best weights are kept"
 
 
 def _preflight(prepared: Prepared) -> list[Verdict]:

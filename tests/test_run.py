@@ -1,0 +1,119 @@
+"""What a run does from beginning to end, seen from its folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from newllm.config.compose import compose
+from newllm.config.library import options
+from newllm.load import load_run
+from newllm.run import run_training
+from newllm.run_record import read_metrics, read_run
+from newllm.trainers.lagged_cache import LaggedCache
+
+PROBE = [
+    *("model=pythia", "size.dim=16", "size.num_layers=1", "size.num_heads=2", "size.mlp_dim=32", "layers.window=1"),
+    *("data=delay_copy", "data.block_length=8", "data.num_samples=40", "data.batch_size=4", "data.eval_batch_size=4"),
+    *("trainer.max_steps=6", "trainer.validate_every_steps=2", "trainer.checkpoint_every_steps=2"),
+    *("trainer.log_every_steps=1", "schedule.warmup_steps=1", "callbacks.lag_every_steps=2"),
+]
+
+
+def train(folder: Path, *overrides: str) -> float | None:
+    given = [*PROBE, f"data.cache_dir={folder.parent / 'cache'}", *overrides]
+    return run_training(compose(given), folder, given)
+
+
+def test_a_run_leaves_what_is_promised(tmp_path: Path):
+    folder = tmp_path / "run"
+
+    last = train(folder, "trainer=lct")
+
+    facts = read_run(folder).facts
+    assert facts["status"] == "finished"
+    assert facts["exit_reason"] == "trainer.max_steps=6 made"
+    assert facts["metrics"]["val/loss"] == last
+    assert {"parameters", "state_bytes", "flops_per_token", "guards", "data_fingerprint", "git", "packages"} <= set(
+        facts
+    )
+    assert {verdict["status"] for verdict in facts["guards"]} <= {"passed", "warning", "not applicable"}
+    for name in (
+        "config.yaml",
+        "curves.png",
+        "DONE",
+        "evaluation.json",
+        "checkpoints/last.ckpt",
+        "checkpoints/best.ckpt",
+    ):
+        assert (folder / name).is_file(), name
+    assert [line["step"] for line in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_the_last_step_is_validated_even_off_the_interval(tmp_path: Path):
+    train(tmp_path / "run", "trainer=lct", "trainer.max_steps=5")
+
+    assert [line["step"] for line in read_metrics(tmp_path / "run") if "val/loss" in line] == [2, 4, 5]
+
+
+def test_early_stopping_keeps_the_best_weights_and_says_so(tmp_path: Path):
+    # A learning rate this high makes things worse from the first validation on.
+    train(
+        *(tmp_path / "run", "trainer=lct", "trainer.max_steps=40", "optimizer.lr=3.0", "guards=off"),
+        *("trainer.gradient_clip_norm=null", "trainer.early_stopping_patience=2", "schedule=constant"),
+    )
+
+    run, lines = load_run(tmp_path / "run"), read_metrics(tmp_path / "run")
+    losses = {line["step"]: line["val/loss"] for line in lines if "val/loss" in line}
+    assert max(losses) < 40
+    assert "early stopping at step" in run.facts["exit_reason"]
+    assert losses[run.step] == min(losses.values())
+
+
+def test_the_states_in_the_cache_are_those_of_their_samples(tmp_path: Path):
+    """The first prototype kept states by batch: after the first shuffle they were other samples'."""
+    train(
+        *(tmp_path / "run", "trainer=lct", "trainer.max_steps=60", "trainer.validate_every_steps=60"),
+        *("optimizer.lr=1e-12", "trainer.cache_dtype=fp32", "guards.preflight=false"),
+    )
+    run = load_run(tmp_path / "run", "last")
+    carried = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["lagged_cache"]
+
+    for batch in run.data.train_dataloader():
+        exact = run.model(batch["input_ids"]).hidden
+        kept = carried["states"][batch["sample_id"]]
+        assert (carried["visits"][batch["sample_id"]] >= 5).all()
+        assert (kept - exact).abs().max() < 1e-4
+
+
+def test_the_cost_of_a_run_is_told_without_making_it(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert train(tmp_path / "run", "trainer=lct", "check=true") is None
+
+    told = capsys.readouterr().out
+    samples = LaggedCache(36, 8, 16, dtype="bf16").nbytes
+    assert f"{samples:,} bytes (ram)" in told
+    assert "visits per sample" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_cannot_be_read_is_refused_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture):
+    given = ["model=pythia", "data=jsonl", f"data.path={tmp_path / 'missing.jsonl'}", "tokenizer=bytes"]
+
+    with pytest.raises(SystemExit) as refused:
+        run_training(compose(given), tmp_path / "run", given)
+
+    assert refused.value.code == 2
+    assert "missing.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", [name for name in options("experiment") if name is not None])
+def test_every_experiment_runs(experiment: str, tmp_path: Path):
+    given = [f"experiment={experiment}", "debug=fast", f"data.cache_dir={tmp_path / 'cache'}", "data.max_unseen=1"]
+
+    run_training(compose(given), tmp_path / "run", given)
+
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"

@@ -18,9 +18,10 @@ def batches(*, sizes: tuple[int, ...] = (2, 1), block: int = BLOCK, seed: int = 
     generator = torch.Generator().manual_seed(seed)
     stream = torch.randint(0, 200, (sum(sizes) * block + 1,), generator=generator)
     inputs, labels = stream[:-1].view(-1, block), stream[1:].view(-1, block)
+    sample_ids = torch.arange(sum(sizes))
     return [
-        {"input_ids": ids, "labels": targets}
-        for ids, targets in zip(inputs.split(sizes), labels.split(sizes), strict=True)
+        {"input_ids": ids, "labels": targets, "sample_id": numbers}
+        for ids, targets, numbers in zip(inputs.split(sizes), labels.split(sizes), sample_ids.split(sizes), strict=True)
     ]
 
 
@@ -39,6 +40,7 @@ def material(
         token_bytes=torch.from_numpy(own.token_bytes),
         facts={"unigram_bits_per_byte": 2.5},
         targets_are_next_tokens=True,
+        in_lanes=False,
     )
     return SimpleNamespace(
         model=found,

@@ -7,11 +7,14 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+import torch
+
 from newllm.config.schema import EvaluationConfig
 from newllm.data.compression import compressed_bits_per_byte
 from newllm.data.tokenizer import Tokenizer
 from newllm.evaluation.material import Material
 from newllm.evaluation.scoring import Score, score_batch
+from newllm.evaluation.streaming import stream_scores
 from newllm.losses.next_token import NO_TARGET
 
 # Perplexities of a real text under a vocabulary of some thousand tokens, and what they usually mean.
@@ -46,7 +49,10 @@ def measure(material: Material, options: PerplexityConfig) -> dict[str, Any]:
         frequencies of the training text) and `band`: what such a perplexity usually means, and why.
     """
     token_bytes = material.data.token_bytes
-    scores = [score_batch(material.model, batch, token_bytes) for batch in material.batches()]
+    if material.data.in_lanes:
+        scores = list(stream_scores(material))
+    else:
+        scores = [score_batch(material.model, batch, token_bytes) for batch in material.batches()]
     total: Score = reduce(add, scores)
     found: dict[str, Any] = {**total.metrics(), "targets": total.tokens, "bytes": total.bytes}
     if material.tokenizer is None:
@@ -62,7 +68,9 @@ def measure(material: Material, options: PerplexityConfig) -> dict[str, Any]:
 
 
 def _text(material: Material, tokenizer: Tokenizer) -> bytes:
-    """The UTF-8 bytes of all targets, in order."""
+    """The UTF-8 bytes of all targets, in order: samples are numbered as their text goes on, whichever batch they come in."""
     texts = tokenizer.token_texts
-    labels = (batch["labels"].flatten().tolist() for batch in material.batches())
-    return b"".join(texts[token] for row in labels for token in row if token != NO_TARGET)
+    batches = list(material.batches())
+    order = torch.cat([batch["sample_id"] for batch in batches]).argsort()
+    labels = torch.cat([batch["labels"] for batch in batches])[order].flatten().tolist()
+    return b"".join(texts[token] for token in labels if token != NO_TARGET)

@@ -105,8 +105,13 @@ def score_batch(
         token_bytes: UTF-8 bytes of every token [V]; None where targets are not text.
         mode: as for `hidden_states`.
     """
-    labels = batch["labels"]
-    nats, correct = token_losses(model, hidden_states(model, batch["input_ids"], mode=mode), labels)
+    return score_states(model, hidden_states(model, batch["input_ids"], mode=mode), batch["labels"], token_bytes)
+
+
+@torch.inference_mode()
+def score_states(model: LanguageModel, hidden: Tensor, labels: Tensor, token_bytes: Tensor | None) -> Score:
+    """Return the score of hidden states [B, T, D] against their labels [B, T]; `token_bytes` as for `score_batch`."""
+    nats, correct = token_losses(model, hidden, labels)
     targets = labels[labels != NO_TARGET]
     num_bytes = 0 if token_bytes is None else int(token_bytes.to(targets.device)[targets].sum())
     return Score(float(nats.sum()), targets.numel(), int(correct.sum()), num_bytes)

@@ -28,7 +28,12 @@ class SlidingWindowConfig(EvaluationConfig):
     stride: Annotated[int | None, Range(minimum=1)]  # tokens; null takes a quarter of the window
 
     def check(self, config: Any) -> list[str]:
-        """Return what is wrong between these values."""
+        """Return what is wrong between these values and the run."""
+        if config.trainer.reads_in_lanes:
+            return [
+                f"evaluation=[sliding_window]: reads each window from an empty state, trainer={config.trainer.kind} carries it. "
+                "Allowed with it: evaluation=[perplexity,memory]. Leave sliding_window out of the list."
+            ]
         if self.window is None or self.stride is None or self.stride <= self.window:
             return []
         return [

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from newllm.config.schema import TrainConfig
 from newllm.evaluation.scoring import Mode, Score, score_batch
 from newllm.models.base import LanguageModel
+from newllm.state import State
 from newllm.trainers.optimization import build_optimizer, learning_rate_factor
 
 Batch = dict[str, Tensor]
@@ -38,7 +39,7 @@ class TrainingModule(lightning.LightningModule):
         self.token_bytes = token_bytes
         self.last_grad_norm: Tensor | None = None
         self.scores: dict[str, Score] = {}
-        self.step_state: Tensor | None = None
+        self.step_state: Tensor | State | None = None
 
     @abstractmethod
     def states(self, batch: Batch) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from newllm.load import checkpoint_path, load_run, read_checkpoint
 from newllm.models.base import LanguageModel, count_parameters
 from newllm.models.create import build_model, load_published
 from newllm.report.curves import draw_curves
+from newllm.run_lock import only_writer
 from newllm.run_record import RunRecord, last_and_best, read_metrics
 from newllm.trainers.base import TrainingModule
 from newllm.trainers.build import build_training_module
@@ -84,14 +87,22 @@ def run_training(config: TrainConfig, folder: Path, overrides: list[str]) -> flo
     config = real_config(config)
     if config.runtime.num_threads is not None:
         torch.set_num_threads(config.runtime.num_threads)
-    try:
-        if config.check:
-            print(describe_cost(config))
-            return None
-        prepared = _prepare(config, folder)
-    except (ValueError, TypeError) as error:
-        refuse([str(error)])
-    started = time.monotonic()
+    with ExitStack() as held:
+        try:
+            if config.check:
+                print(describe_cost(config))
+                return None
+            prepared = _prepare(config, folder)
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # the other ranks of a run share its folder
+                held.enter_context(only_writer(folder))
+        except (ValueError, TypeError) as error:
+            refuse([str(error)])
+        return _recorded(prepared, overrides)
+
+
+def _recorded(prepared: Prepared, overrides: list[str]) -> float | None:
+    """Train and evaluate; the record in the folder says how it ended, whatever happens."""
+    config, folder, started = prepared.config, prepared.folder, time.monotonic()
     record = RunRecord(folder)
     record.begin(
         config=plain(config), seed=config.seed, config_hash=config_hash(config), overrides=overrides, **_facts(prepared)

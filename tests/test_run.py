@@ -10,6 +10,7 @@ from newllm.config.compose import compose
 from newllm.config.library import options
 from newllm.load import load_run
 from newllm.run import run_training
+from newllm.run_lock import only_writer
 from newllm.run_record import read_metrics, read_run
 from newllm.trainers.lagged_cache import LaggedCache
 
@@ -107,6 +108,16 @@ def test_data_that_cannot_be_read_is_refused_before_anything_is_written(tmp_path
     assert refused.value.code == 2
     assert "missing.jsonl" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_second_process_may_not_write_the_same_folder(tmp_path: Path, capsys: pytest.CaptureFixture):
+    with only_writer(tmp_path / "run"), pytest.raises(SystemExit) as refused:
+        train(tmp_path / "run", "trainer=lct")
+
+    assert refused.value.code == 2
+    assert "another process is writing this run" in capsys.readouterr().err
+    with only_writer(tmp_path / "run"):
+        assert list((tmp_path / "run").iterdir()) == []
 
 
 @pytest.mark.slow

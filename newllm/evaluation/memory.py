@@ -1,0 +1,177 @@
+"""What memory is worth: loss by segment of the text with it, without it, and with another text's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+
+from newllm.config.fields import Range
+from newllm.config.schema import EvaluationConfig
+from newllm.data.module import TextDataModule, build_data
+from newllm.evaluation.material import Material
+from newllm.evaluation.scoring import token_losses
+from newllm.evaluation.streaming import MODES, StreamReading
+from newllm.layers.memory_layer import MemoryLayer
+from newllm.layers.memory_state import MemoryLayerState
+from newllm.losses.next_token import NO_TARGET
+from newllm.models.base import LanguageModel
+from newllm.state import parts_of
+from newllm.streaming import read_block
+
+INTERVAL = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEvaluationConfig(EvaluationConfig):
+    """How texts are read, and how segments are counted.
+
+    Attributes:
+        context_tokens: tokens before a block that attention without a window still reaches; null: as the run was trained.
+        segment_length: tokens; null: of the bottom memory layer, or a block where there is none.
+        resamples: of the texts, for the intervals.
+    """
+
+    context_tokens: Annotated[int | None, Range(minimum=0)]
+    segment_length: Annotated[int | None, Range(minimum=1)]
+    resamples: Annotated[int, Range(minimum=1)]
+
+    def check(self, config: Any) -> list[str]:
+        """Return what is wrong between the measurement and the data."""
+        if config.data.needs_tokenizer:
+            return []
+        return [
+            f"evaluation=[memory]: reads texts from beginning to end, data={config.data.kind} gives samples of their own. "
+            "Allowed with it: sources of text. Leave memory out of the list."
+        ]
+
+
+def measure(material: Material, options: MemoryEvaluationConfig) -> dict[str, Any]:
+    """Return losses of the readings `StreamReading` makes, over all targets and by segment of the text, and the state's bytes.
+
+    Segments are grouped by doubling: 0, 1, 2-3, 4-7 and so on. What a memory is worth is told as loss without it (or with
+    another text's) minus loss with it, nats per token, with the interval of resampled texts: each text's losses are compared with
+    its own. One text has no interval.
+
+    Args:
+        material: model and text.
+        options: how to read and count.
+    """
+    model, config = material.model, material.run.config
+    context_tokens = options.context_tokens
+    if context_tokens is None:
+        context_tokens = getattr(config.trainer, "context_tokens", 0)
+    segment_length = options.segment_length or _segment_length(model) or config.data.block_length
+    by_text = _losses_by_text(material, _lanes(material), context_tokens)
+    modes = [mode for mode in MODES if all(mode in losses for losses in by_text.values())]
+    lengths = {text: len(losses["exact"]) for text, losses in by_text.items()}
+    edges = _doubling_edges(-(-max(lengths.values()) // segment_length))
+    lines = []
+    for first, end in edges:
+        sums = _sums(by_text, modes, first * segment_length, end * segment_length)
+        name = str(first) if end == first + 1 else f"{first}-{end - 1}"
+        lines.append({"segments": name, **_compare(sums, modes, options.resamples)})
+    everything = _sums(by_text, modes, 0, max(lengths.values()))
+    return {
+        "all": _compare(everything, modes, options.resamples),
+        "by_segment": lines,
+        "segment_length": segment_length,
+        "context_tokens": context_tokens,
+        **_bytes(model, config.data.block_length, context_tokens),
+    }
+
+
+def _segment_length(model: LanguageModel) -> int | None:
+    lengths = [layer.options.segment_length for layer in model.modules() if isinstance(layer, MemoryLayer)]
+    return lengths[0] if lengths else None
+
+
+def _lanes(material: Material) -> TextDataModule:
+    """The material's texts in lanes, however the run was trained."""
+    if material.data.in_lanes:
+        return material.data
+    config = dataclasses.replace(material.run.config, data=material.data.data_config)
+    data = build_data(config, tokenizer_file=material.run.tokenizer_file, in_lanes=True)
+    data.prepare()
+    return data
+
+
+def _losses_by_text(material: Material, data: TextDataModule, context_tokens: int) -> dict[int, dict[str, np.ndarray]]:
+    """Nats of every target of each text, in order, by reading."""
+    reading = StreamReading(material.model, context_tokens=context_tokens)
+    pieces: dict[int, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+    text_of_row: dict[int, int] = {}
+    loader = data.val_dataloader() if material.split == "validation" else data.test_dataloader()
+    for cpu_batch in loader:
+        batch = {name: tensor.to(material.device) for name, tensor in cpu_batch.items()}
+        losses = {
+            mode: token_losses(material.model, hidden, batch["labels"])[0].cpu().numpy()
+            for mode, hidden in reading.read(batch).items()
+        }
+        has_target = (cpu_batch["labels"] != NO_TARGET).numpy()
+        for row, starts in enumerate(cpu_batch["starts_text"][:, 0].tolist()):
+            if starts:
+                text_of_row[row] = int(cpu_batch["sample_id"][row])
+            for mode, nats in losses.items():
+                pieces[text_of_row[row]][mode].append(nats[row, has_target[row]])
+    return {
+        text: {mode: np.concatenate(parts) for mode, parts in by_mode.items()}
+        for text, by_mode in sorted(pieces.items())
+    }
+
+
+def _doubling_edges(num_segments: int) -> list[tuple[int, int]]:
+    """First segment and end of each group: 0, 1, 2-3, 4-7, ..."""
+    edges, first = [], 0
+    while first < num_segments:
+        end = max(1, 2 * first)
+        edges.append((first, min(end, num_segments)))
+        first = end
+    return edges
+
+
+def _sums(by_text: dict[int, dict[str, np.ndarray]], modes: list[Any], first: int, end: int) -> np.ndarray:
+    """Nats of each reading, and targets, of the texts that reach these positions [texts, readings + 1]."""
+    rows = [
+        [*(losses[mode][first:end].sum() for mode in modes), len(losses["exact"][first:end])]
+        for losses in by_text.values()
+        if len(losses["exact"]) > first
+    ]
+    return np.array(rows, dtype=np.float64)
+
+
+def _compare(sums: np.ndarray, modes: list[Any], resamples: int) -> dict[str, Any]:
+    losses = sums[:, :-1].sum(0) / sums[:, -1].sum()
+    found: dict[str, Any] = {"loss": losses[0], "perplexity": math.exp(min(losses[0], 700))}
+    for index, mode in enumerate(modes[1:], start=1):
+        found |= {f"loss_{mode}": losses[index], f"perplexity_{mode}": math.exp(min(losses[index], 700))}
+        found |= _difference(sums[:, index] - sums[:, 0], sums[:, -1], f"{mode}_minus_on", resamples)
+    found = {name: float(value) if value is not None else None for name, value in found.items()}
+    return {**found, "texts": len(sums), "targets": int(sums[:, -1].sum())}
+
+
+def _difference(nats: np.ndarray, targets: np.ndarray, name: str, resamples: int) -> dict[str, float | None]:
+    """Mean difference, nats per token, and the percentile interval of resampled texts."""
+    mean = float(nats.sum() / targets.sum())
+    if len(nats) == 1:
+        return {name: mean, f"{name}_low": None, f"{name}_high": None}
+    generator = np.random.default_rng(0)
+    # How often each text is drawn: as many numbers as texts, however long they are.
+    drawn = generator.multinomial(len(nats), np.full(len(nats), 1 / len(nats)), size=resamples)
+    means = (drawn @ nats) / (drawn @ targets)
+    low, high = np.quantile(means, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
+    return {name: mean, f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+@torch.inference_mode()
+def _bytes(model: LanguageModel, block_length: int, context_tokens: int) -> dict[str, int]:
+    """Bytes that one text carries from block to block: all of its state, and the memories' part of it."""
+    ids = torch.zeros(1, block_length, dtype=torch.int64, device=next(model.parameters()).device)
+    state = read_block(model, model.initial_state(1), ids, context_tokens=context_tokens).state
+    memories = parts_of(state, MemoryLayerState).values()
+    return {"state_bytes": state.nbytes, "memory_bytes": sum(part.memory.nbytes for part in memories)}

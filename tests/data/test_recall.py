@@ -200,7 +200,7 @@ def test_ids_unseen_in_training_are_counted() -> None:
     )
 
     validation = len(data.validation)
-    seen = set(data.train.rows.inputs.ravel().tolist())  # type: ignore[attr-defined]
+    seen = set(data.train.rows.inputs.ravel().tolist())
     ids = data.validation.__getitems__(range(validation))["input_ids"].flatten().tolist()
     assert data.facts["unseen_share"] == pytest.approx(sum(token not in seen for token in ids) / len(ids))
     assert data.facts["unseen_share"] > 0
@@ -287,7 +287,7 @@ def test_impossible_sizes_are_refused_with_what_is_possible(overrides: list[str]
 
 
 def test_the_largest_sizes_that_are_allowed_can_be_drawn() -> None:
-    tight = [
+    tight: list[Any] = [
         mqar_config(block_length=12, num_pairs=3, vocab_size=8),
         passkey_config(block_length=5, vocab_size=4, num_samples=6),
         overwrite_config(block_length=21, vocab_size=14),

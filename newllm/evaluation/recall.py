@@ -1,0 +1,168 @@
+"""Accuracy of a recall probe by slice, with the memory, without it and with another text's, beside the bytes of the state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from newllm.config.fields import Count
+from newllm.config.schema import EvaluationConfig
+from newllm.data.module import build_data
+from newllm.data.recall import NO_TARGET
+from newllm.evaluation.material import Material
+from newllm.evaluation.scoring import token_losses
+from newllm.layers.memory_state import MemoryLayerState
+from newllm.models.base import LanguageModel
+from newllm.state import map_parts, parts_of
+
+MemoryUse = Literal["on", "off", "other"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallConfig(EvaluationConfig):
+    """What is measured besides the run's own rows.
+
+    Attributes:
+        knock_out: measure memories empty and another text's too; unused without memory layers.
+        block_lengths: tokens; the probe is drawn again at each of these lengths.
+        num_blocks: rows of each of these.
+    """
+
+    knock_out: bool
+    block_lengths: list[Count]
+    num_blocks: Count
+
+    def check(self, config: Any) -> list[str]:
+        """Return what is wrong between the measurement and the data."""
+        if not getattr(config.data, "has_slices", False):
+            return [
+                f"evaluation=[recall]: measures a recall probe, data of kind {config.data.kind} ask for nothing. "
+                "Allowed with it: data=mqar, overwrite, parity, passkey, s3. Leave recall out of the list."
+            ]
+        longer = [dataclasses.replace(config.data, block_length=length) for length in self.block_lengths]
+        return [f"evaluation.recall.block_lengths: {problem}" for data in longer for problem in data.check(config)]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Answers by slice; tallies of several batches add up.
+
+    Attributes:
+        correct: right answers [slices].
+        targets: all answers [slices].
+    """
+
+    correct: Tensor
+    targets: Tensor
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(self.correct + other.correct, self.targets + other.targets)
+
+    def of(self, slices: list[int]) -> dict[str, Any]:
+        """Return accuracy (share of targets; None of none), correct answers and targets of some slices together."""
+        correct, targets = int(self.correct[slices].sum()), int(self.targets[slices].sum())
+        return {"accuracy": correct / targets if targets else None, "correct": correct, "targets": targets}
+
+
+def measure(material: Material, options: RecallConfig) -> dict[str, Any]:
+    """Return how many targets are answered right: of all rows, and by slice on every axis of the probe.
+
+    Args:
+        material: model and rows.
+        options: what is measured besides.
+    Returns:
+        `accuracy`, `correct`, `targets`, `chance_accuracy`, `state_bytes` (of one text after a row), `by_<axis>` with the same
+        numbers for each bucket; with memory layers `memory_off` (nothing is written, an empty memory is read) and `other_memory`
+        (the memory of another row is read, nothing is written), here and in every bucket as accuracies; `by_block_length`.
+    """
+    found = _measure(material, knock_out=options.knock_out)
+    if options.block_lengths:
+        found["by_block_length"] = [
+            {"block_length": length}
+            | _measure(_at_length(material, length, options.num_blocks), knock_out=options.knock_out)
+            for length in options.block_lengths
+        ]
+    return found
+
+
+def _at_length(material: Material, length: int, num_blocks: int) -> Material:
+    """The probe drawn again, half of its rows to be measured."""
+    config = material.run.config
+    changes: dict[str, Any] = {
+        "block_length": length,
+        "num_samples": 2 * num_blocks,
+        "validation_share": 0.5,
+        "test_share": 0.0,
+        "max_validation_blocks": None,
+    }
+    data = dataclasses.replace(config.data, **changes)
+    module = build_data(dataclasses.replace(config, data=data))
+    module.prepare()
+    return Material(material.run, module, "validation")
+
+
+def _measure(material: Material, *, knock_out: bool) -> dict[str, Any]:
+    model, names = material.model, material.data.facts["slices"]
+    has_memory = bool(parts_of(model.initial_state(1), MemoryLayerState))
+    tallies = {"": _tally(material, "on")}
+    if has_memory and knock_out:
+        tallies |= {"memory_off": _tally(material, "off"), "other_memory": _tally(material, "other")}
+    every = list(range(len(names)))
+    found: dict[str, Any] = tallies[""].of(every)
+    found["chance_accuracy"] = material.data.facts["chance_accuracy"]
+    found["state_bytes"] = model.state_bytes(material.data.data_config.block_length)
+    found |= {name: tally.of(every) for name, tally in tallies.items() if name}
+    for axis in names[0]:
+        found[f"by_{axis}"] = list(_by_axis(tallies, names, axis))
+    return found
+
+
+def _by_axis(tallies: dict[str, Tally], names: list[dict[str, str]], axis: str) -> Iterator[dict[str, Any]]:
+    """The buckets of an axis in which something was asked."""
+    for bucket in dict.fromkeys(name[axis] for name in names):
+        slices = [number for number, name in enumerate(names) if name[axis] == bucket]
+        line = {axis: bucket, **tallies[""].of(slices)}
+        if line["targets"]:
+            yield line | {name: tally.of(slices)["accuracy"] for name, tally in tallies.items() if name}
+
+
+@torch.inference_mode()
+def _tally(material: Material, use: MemoryUse) -> Tally:
+    num_slices = len(material.data.facts["slices"])
+    total = Tally(torch.zeros(num_slices, dtype=torch.int64), torch.zeros(num_slices, dtype=torch.int64))
+    for batch in material.batches():
+        if use == "other" and len(batch["input_ids"]) == 1:
+            continue  # no other text beside it
+        _, is_correct = token_losses(
+            material.model, answering_states(material.model, batch["input_ids"], use), batch["labels"]
+        )
+        is_target = batch["labels"] != NO_TARGET
+        slices = [batch["slice"][mask].cpu() for mask in (is_target & is_correct, is_target)]
+        total += Tally(*(torch.bincount(numbers, minlength=num_slices) for numbers in slices))
+    return total
+
+
+@torch.inference_mode()
+def answering_states(model: LanguageModel, input_ids: Tensor, use: MemoryUse) -> Tensor:
+    """Return the hidden states [B, T, D] of texts from their start, by what their memories hold.
+
+    Args:
+        model: with memory layers, unless `use` is "on".
+        input_ids: tokens [B, T].
+        use: "on" the deployed function; "off" memories stay empty; "other" memories hold all of the text of the row before,
+            and nothing more is written.
+    """
+    if use == "on":
+        return model.exact(input_ids).hidden
+    state = model.initial_state(len(input_ids))
+    if use == "other":
+        others = parts_of(model.exact(input_ids.roll(1, dims=0)).state, MemoryLayerState)
+        state = map_parts(
+            state, MemoryLayerState, lambda name, part: dataclasses.replace(part, memory=others[name].memory)
+        )
+    return model.exact(input_ids, state, update_memory=False).hidden

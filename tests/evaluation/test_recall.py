@@ -1,0 +1,160 @@
+"""Probes measured by slice, with and without memory."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small_sessions import SEGMENT, model
+from torch import Tensor, nn
+
+from newllm.config.compose import compose, examine
+from newllm.evaluation.recall import RecallConfig, answering_states, measure
+from newllm.evaluation.suite import run_evaluation
+from newllm.run import run_training
+
+PLAIN = RecallConfig(kind="recall", knock_out=True, block_lengths=[], num_blocks=4)
+NAMES = [{"depth": depth, "segments": segments} for depth in ("low", "high") for segments in ("0", "1")]
+NO = -100
+
+
+class Echo(nn.Module):
+    """Answers with the token it reads; keeps nothing."""
+
+    vocab_size = 9
+    has_feedback = False
+
+    def initial_state(self, batch_size: int) -> Any:
+        return model("pythia").initial_state(batch_size)
+
+    def exact(self, input_ids: Tensor) -> Any:
+        return SimpleNamespace(hidden=nn.functional.one_hot(input_ids, self.vocab_size).float())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def state_bytes(self, length: int) -> int:
+        return 10 * length
+
+
+def material(found: Any, batches: list[dict[str, Tensor]], length: int = 3) -> Any:
+    facts = {"slices": NAMES, "chance_accuracy": 0.125}
+    data = SimpleNamespace(facts=facts, data_config=SimpleNamespace(block_length=length))
+    return SimpleNamespace(model=found, data=data, batches=lambda: iter(batches))
+
+
+def batch(input_ids: list[list[int]], labels: list[list[int]], slices: list[list[int]]) -> dict[str, Tensor]:
+    given = {"input_ids": input_ids, "labels": labels, "slice": slices}
+    return {name: torch.tensor(rows) for name, rows in given.items()}
+
+
+def test_answers_are_counted_by_bucket_of_every_axis() -> None:
+    batches = [
+        batch([[1, 2, 3], [4, 5, 6]], [[NO, 2, 8], [4, NO, NO]], [[-1, 0, 1], [1, -1, -1]]),
+        batch([[7, 8, 1]], [[7, 2, NO]], [[3, 3, -1]]),
+    ]
+
+    found = measure(material(Echo(), batches), PLAIN)
+
+    assert found == {
+        "accuracy": 0.6,
+        "correct": 3,
+        "targets": 5,
+        "chance_accuracy": 0.125,
+        "state_bytes": 30,
+        "by_depth": [
+            {"depth": "low", "accuracy": 2 / 3, "correct": 2, "targets": 3},
+            {"depth": "high", "accuracy": 0.5, "correct": 1, "targets": 2},
+        ],
+        "by_segments": [
+            {"segments": "0", "accuracy": 1.0, "correct": 1, "targets": 1},
+            {"segments": "1", "accuracy": 0.5, "correct": 2, "targets": 4},
+        ],
+    }
+
+
+@pytest.mark.parametrize("kernel", ["elu", "centred", "ridge", "delta_token"])
+def test_an_empty_memory_changes_nothing_before_the_first_write(kernel: str) -> None:
+    found = model("pythia infini", memory_kernel=kernel, write=None)
+    input_ids = torch.randint(0, 200, (3, 2 * SEGMENT + 1), generator=torch.Generator().manual_seed(0))
+
+    on, off = (answering_states(found, input_ids, use) for use in ("on", "off"))
+
+    assert torch.allclose(on[:, :SEGMENT], off[:, :SEGMENT], atol=1e-6)
+    assert not torch.isclose(on[:, SEGMENT:], off[:, SEGMENT:], atol=1e-4).all(-1).any()
+
+
+def test_another_memory_is_that_of_the_row_before() -> None:
+    found = model("infini")
+    input_ids = torch.randint(0, 200, (3, SEGMENT), generator=torch.Generator().manual_seed(0))
+    same = input_ids.roll(1, dims=0)
+
+    other = answering_states(found, input_ids, "other")
+    after = found.exact(input_ids, found.exact(same).state).hidden
+
+    assert torch.allclose(other, after, atol=1e-6)
+    assert not torch.allclose(other, answering_states(found, input_ids, "off"), atol=1e-4)
+
+
+@pytest.mark.parametrize(("stack", "has_memory"), [("infini pythia", True), ("pythia", False)])
+def test_memories_are_knocked_out_where_there_are_any(stack: str, has_memory: bool) -> None:
+    length = 2 * SEGMENT
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 200, (3, length), generator=generator)
+    slices = torch.randint(0, 4, (3, length), generator=generator)
+    two, one = (
+        {"input_ids": ids[part], "labels": ids[part], "slice": slices[part]} for part in (slice(2), slice(2, 3))
+    )
+
+    found = measure(material(model(stack), [two, one], length), PLAIN)
+    without = measure(material(model(stack), [two, one], length), RecallConfig(**{**vars(PLAIN), "knock_out": False}))
+
+    assert ("memory_off" in found) == ("other_memory" in found) == has_memory
+    assert all(("memory_off" in line) == has_memory for line in found["by_depth"])
+    assert not {"memory_off", "other_memory"} & without.keys()
+    if has_memory:
+        assert found["memory_off"]["targets"] == 3 * length
+        assert found["other_memory"]["targets"] == 2 * length  # the last row has no row beside it
+
+
+def test_data_without_questions_are_refused() -> None:
+    assert examine(["evaluation=[recall]"], "train")[1] == [
+        "evaluation=[recall]: measures a recall probe, data of kind bible ask for nothing. "
+        "Allowed with it: data=mqar, overwrite, parity, passkey, s3. Leave recall out of the list."
+    ]
+
+
+def test_lengths_that_hold_no_row_are_refused() -> None:
+    given = ["data=mqar", "evaluation=[recall]", "evaluation.recall.block_lengths=[32,128]"]
+
+    (problem,) = examine(given, "train")[1]
+
+    assert problem.startswith(
+        "evaluation.recall.block_lengths: data.num_pairs=16: does not fit into rows of data.block_l"
+    )
+
+
+def test_a_run_is_measured_at_other_lengths_from_its_folder(tmp_path: Path) -> None:
+    given = [
+        *("experiment=mqar", "size.dim=8", "size.mlp_dim=8", "data.vocab_size=32", "data.num_pairs=2"),
+        *("data.block_length=12", "data.num_samples=24", "data.max_unseen=1", "layers.segment_length=4"),
+        *("trainer.max_steps=1", "trainer.validate_every_steps=1", "trainer.checkpoint_every_steps=1"),
+        *("schedule.warmup_steps=1", "guards=off", "logger=none"),
+    ]
+    run_training(compose(given), tmp_path / "run", given)
+
+    found = run_evaluation(
+        compose(
+            [
+                *(f"run={tmp_path / 'run'}", "evaluation=[recall]", "evaluation.recall.block_lengths=[9,20]"),
+                "evaluation.recall.num_blocks=5",
+            ],
+            root="evaluate",
+        )
+    )["recall"]
+
+    assert [line["block_length"] for line in found["by_block_length"]] == [9, 20]
+    assert [line["targets"] for line in found["by_block_length"]] == [10, 10]
+    assert sum(line["targets"] for line in found["by_gap_tokens"]) == found["targets"]
+    assert found["state_bytes"] < found["by_block_length"][1]["state_bytes"] + 1

@@ -45,6 +45,7 @@ class Banks:
         self._banks = memory.banks()
         self._prepared: list[Any] = [None] * len(self._banks)
         self._is_empty_BN = memory.is_empty()
+        self._is_filled = [False] * len(self._banks)  # by this call, in all rows
         self._with_sums = with_sums
         self._read = kernel.sums if with_sums and isinstance(kernel, Elu) else kernel.read
         self._segment: Segment | None = None
@@ -76,7 +77,9 @@ class Banks:
             return
         self._banks[target] = self.kernel.write(self._banks[target], self.segment, self._novelty_for(target))
         self._prepared[target] = None
-        self._is_empty_BN = self._is_empty_BN & ~self._is(target)
+        if not self._is_filled[target]:
+            self._is_filled[target] = True
+            self._is_empty_BN = self._is_empty_BN & ~self._is(target)
         self._pass_turn(target)
 
     def detach(self) -> None:
@@ -96,8 +99,10 @@ class Banks:
         answers = self._read(self._prepare(), segment)
         if not self.kernel.reads_open_segment:
             return answers
-        is_target = self._is(self._reading_target()).to(answers.dtype).view(-1, 1, 1, 1)
-        return answers + is_target * self._read_open(segment).unsqueeze(1)
+        own = self._read_open(segment).unsqueeze(1)
+        if len(self) == 1:
+            return answers + own
+        return answers + self._is(self._reading_target()).to(own.dtype).view(-1, 1, 1, 1) * own
 
     def read_total(self) -> Tensor:
         """Return what one bank would answer that holds the sums of all of them [B, H, m, d]."""

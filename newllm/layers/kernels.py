@@ -21,12 +21,14 @@ class Segment(NamedTuple):
     Attributes:
         queries: features of the queries [B, H, m, d].
         keys: features of the keys [B, H, L, d].
+        key_sum: their sum [B, H, d].
         values: [B, H, L, d].
         products: what the kernel computed ahead for all segments of a call.
     """
 
     queries: Tensor
     keys: Tensor
+    key_sum: Tensor
     values: Tensor
     products: tuple[Tensor, ...] = ()
 
@@ -82,7 +84,8 @@ class Kernel:
 
     def split(self, segments: Segments) -> list[Segment]:
         """Return the segments one by one."""
-        tensors = segments.query_features, segments.key_features, segments.values
+        keys = segments.key_features
+        tensors = segments.query_features, keys, keys.sum(dim=3), segments.values
         return [Segment(*parts) for parts in zip(*(tensor.unbind(2) for tensor in tensors), strict=True)]
 
     def take(self, segment: Segment, index_BK: Tensor) -> Segment:
@@ -118,7 +121,7 @@ class Kernel:
     def write(self, bank: Bank, segment: Segment, novelty: Tensor) -> Bank:
         """Return the bank with a closed segment written to it; all its sums run over the same tokens."""
         turned = segment.keys.transpose(-1, -2)
-        return bank.plus(matrix=turned @ novelty, norm=segment.keys.sum(dim=2))
+        return bank.plus(matrix=turned @ novelty, norm=segment.key_sum)
 
     def recall_flops(self, lengths: Sequence[int], num_banks: int, head_dim: int) -> float:
         """Return the FLOPs on one head of reading all banks for segments of these lengths, written in turn from empty ones."""
@@ -276,7 +279,7 @@ class DeltaToken(Kernel):
     def write(self, bank: Bank, segment: Segment, novelty: Tensor) -> Bank:
         # The norm keeps the features' sum: where the keys of this bank lie, for the choice between memories.
         keys = segment.products[1]
-        return bank.plus(matrix=keys.transpose(-1, -2) @ novelty, norm=segment.keys.sum(dim=2))
+        return bank.plus(matrix=keys.transpose(-1, -2) @ novelty, norm=segment.key_sum)
 
     def segment_flops(self, length: int, head_dim: int) -> float:
         squares = 2 * 3 * head_dim * length**2  # steps, scores, and the scores' sums of novelties

@@ -14,11 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from newllm.config.compose import examine, read_config
 from newllm.config.help_text import help_text
+from newllm.config.library import load
 from newllm.config.overrides import parse, quoted, readable
 from newllm.config.problems import ConfigError, listed
 from newllm.config.run_folder import can_resume, differences, latest_unfinished, overrides_of
 from newllm.config.schema import EvaluateConfig, TrainConfig
-from newllm.config.sweeps import examine_jobs, is_sweep
+from newllm.config.sweeps import examine_jobs, is_sweep, missing_extras
 from newllm.config.typed import build
 
 
@@ -60,6 +61,16 @@ def check_command_line(arguments: Sequence[str], root: str) -> list[str]:
     except ConfigError as error:
         refuse(error.problems)
     return [*_flags(options), *overrides]
+
+
+def sweep_output(arguments: Sequence[str], root: str) -> Path | None:
+    """Return the output folder of the sweep that checked arguments start; None where they start no sweep."""
+    options = _options(arguments)
+    overrides = list(options.overrides)
+    only_shows = options.hydra_help or options.info is not None or options.shell_completion or options.cfg is not None
+    if only_shows or not (options.multirun or is_sweep(overrides, root)):
+        return None
+    return Path(_value(overrides, "output_dir") or load(root, []).output_dir)
 
 
 def refuse(problems: Sequence[str]) -> NoReturn:
@@ -146,7 +157,7 @@ def _checked_sweep(overrides: list[str], root: str) -> list[str]:
     if _value(overrides, "resume") not in (None, "auto"):
         advice = "Allowed in a sweep: resume=auto, each job in its own folder. Resume a single run without -m."
         raise ConfigError([f"resume={_value(overrides, 'resume')}: is one folder for many jobs. {advice}"])
-    problems = examine_jobs(overrides, root)
+    problems = missing_extras(overrides) or examine_jobs(overrides, root)
     if problems:
         raise ConfigError(problems)
     return readable(overrides, root)

@@ -1,6 +1,7 @@
 """The jobs of a sweep, known before the first of them starts."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import product
 from math import prod
 from typing import Any
@@ -15,6 +16,26 @@ from newllm.config.overrides import parse
 
 MAX_COMBINATIONS = 200
 """Jobs that are checked one by one; of a larger sweep every value is checked, but not every combination."""
+
+
+EXTRAS = {
+    "hydra/launcher=joblib": ("joblib", "hydra_joblib_launcher"),
+    "hydra/launcher=ray": ("ray", "hydra_ray_launcher"),
+    "hydra/launcher=submitit_local": ("slurm", "hydra_submitit_launcher"),
+    "hydra/launcher=submitit_slurm": ("slurm", "hydra_submitit_launcher"),
+    "hydra/sweeper=optuna": ("optuna", "hydra_optuna_sweeper"),
+}
+"""Extras of this package that bring a launcher or sweeper, and the plugin in each."""
+
+
+def missing_extras(overrides: list[str]) -> list[str]:
+    """Return a sentence for each launcher or sweeper that is not installed."""
+    return [
+        f"{text}: is not installed. Allowed here: {text.partition('=')[0]}=basic. "
+        f'Install the extra: pip install "newllm[{EXTRAS[text][0]}]".'
+        for text in overrides
+        if text in EXTRAS and not _has_plugin(EXTRAS[text][1])
+    ]
 
 
 def is_sweep(overrides: list[str], root: str) -> bool:
@@ -35,6 +56,10 @@ def examine_jobs(overrides: list[str], root: str) -> list[str]:
             found.setdefault(problem, []).append(job)
     varying = {text for texts in choices.values() if len(texts) > 1 for text in texts}
     return [_where(problem, concerned, len(jobs), varying) for problem, concerned in found.items()]
+
+
+def _has_plugin(name: str) -> bool:
+    return find_spec("hydra_plugins") is not None and find_spec(f"hydra_plugins.{name}") is not None
 
 
 def _where(problem: str, concerned: list[list[str]], total: int, varying: set[str]) -> str:

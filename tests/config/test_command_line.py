@@ -23,6 +23,11 @@ run.run_training = run_training
 sys.modules["newllm.run"] = run
 sys.argv = ["train.py", *sys.argv[1:]]
 sys.path.insert(0, {root!r})
+import newllm.jobs.job
+def run_fresh(script, arguments, log):
+    print("job", *arguments[-2:])
+    return 143
+newllm.jobs.job.run_fresh = run_fresh
 runpy.run_path({program!r}, run_name="__main__")
 assert "torch" not in sys.modules
 """
@@ -113,21 +118,22 @@ def test_jobs_of_a_sweep_have_folders_named_by_their_overrides(tmp_path: Path) -
     first = call_stand_in("-m", "seed=0,1", "name=both", cwd=tmp_path)
     again = call_stand_in("-m", "name=both", "seed=1,0", "resume=auto", cwd=tmp_path)
 
-    folders = [re.findall(r"outputs/both/[0-9a-f]{8}(?= )", result.stdout) for result in (first, again)]
+    folders = [re.findall(r"hydra.run.dir='(outputs/both/[0-9a-f]{8})'", result.stdout) for result in (first, again)]
     assert first.returncode == again.returncode == 0, first.stderr + again.stderr
     assert len(set(folders[0])) == 2
     assert folders[1] == folders[0][::-1]
-    assert again.stdout.count("None\n") == 2
+    assert "resume" not in again.stdout
 
 
 def test_a_job_of_a_sweep_resumes_its_own_folder(tmp_path: Path) -> None:
-    folder = re.findall(r"outputs/\S+", call_stand_in("-m", "seed=0,1", cwd=tmp_path).stdout)[1]
+    folder = re.findall(r"hydra.run.dir='(\S+)'", call_stand_in("-m", "seed=0,1", cwd=tmp_path).stdout)[1]
     (tmp_path / folder / "checkpoints").mkdir(parents=True)
     (tmp_path / folder / "checkpoints" / "last.ckpt").touch()
 
-    result = call_stand_in("-m", "seed=0,1", "resume=auto", cwd=tmp_path)
+    result = call_stand_in("-m", "seed=0,1", cwd=tmp_path)
 
-    assert [line.rpartition(" ")[2] for line in result.stdout.splitlines()] == ["None", folder]
+    told = [line for line in result.stdout.splitlines() if line.startswith("job ")]
+    assert [f"resume='{folder}'" in line for line in told if "hydra" in line] == [False, True]
 
 
 @pytest.mark.parametrize("is_kept", [True, False])

@@ -1,9 +1,11 @@
 """Every job of a sweep is checked before the first starts."""
 
+from pathlib import Path
+
 import pytest
 
 from newllm.config import sweeps
-from newllm.config.command_line import check_command_line
+from newllm.config.command_line import check_command_line, sweep_output
 from newllm.config.sweeps import examine_jobs
 
 
@@ -75,3 +77,31 @@ def test_one_folder_for_many_jobs_is_refused(capsys: pytest.CaptureFixture[str])
         check_command_line(["-m", "seed=0,1", "resume=outputs/one"], root="train")
 
     assert "resume=outputs/one: is one folder for many jobs." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("plugin", ["hydra/launcher=joblib", "hydra/launcher=submitit_slurm", "hydra/sweeper=optuna"])
+def test_a_launcher_that_is_not_installed_names_its_extra(
+    plugin: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweeps, "find_spec", lambda name: None)
+
+    with pytest.raises(SystemExit) as ended:
+        check_command_line(["-m", "seed=0,1", plugin], root="train")
+
+    assert ended.value.code == 2
+    assert f"{plugin}: is not installed. Allowed here: {plugin.partition('=')[0]}=basic." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (["--multirun", "seed=0,1"], Path("outputs")),
+        (["--multirun", "seed=0,1", "output_dir=/data/runs"], Path("/data/runs")),
+        (["sweep=skip_interval"], Path("outputs")),
+        (["seed=0"], None),
+        (["sweep=skip_interval", "hydra.mode=RUN"], None),
+        (["--multirun", "--cfg", "job", "seed=0,1"], None),
+    ],
+)
+def test_a_sweep_is_known_by_its_command_line(arguments: list[str], folder: Path | None) -> None:
+    assert sweep_output(arguments, root="train") == folder

@@ -126,12 +126,21 @@ def check_fits(nbytes: int, path: Path | None) -> None:
         )
 
 
+def _description(path: Path) -> object:
+    """Return what the file says; the text itself where a killed process tore it."""
+    text = path.read_text()
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 def _map_file(path: Path, shape: tuple[int, int, int], dtype: str) -> Tensor:
     """Memory-map the file, made with zeros where there is none; its description lies beside it."""
     described = {"shape": list(shape), "dtype": dtype}
     beside = path.with_suffix(".json")
     if path.exists() and beside.exists():
-        found = json.loads(beside.read_text())
+        found = _description(beside)
         if found != described:
             raise ValueError(
                 f"{path}: holds states of another configuration ({found}, this run needs {described}). "

@@ -72,6 +72,14 @@ def test_states_that_are_not_finite_are_not_kept():
     assert cache.visits.tolist() == [2, 1, 0, 0]
 
 
+def test_a_file_with_a_torn_description_is_refused(tmp_path):
+    LaggedCache(5, 3, 2, dtype="bf16", path=tmp_path / "cache.bin")
+    (tmp_path / "cache.json").write_text('{"sha')
+
+    with pytest.raises(ValueError, match=r"cache\.bin: holds states of another configuration .*Delete it"):
+        LaggedCache(5, 3, 2, dtype="bf16", path=tmp_path / "cache.bin")
+
+
 def test_a_file_of_another_configuration_is_refused(tmp_path):
     LaggedCache(5, 3, 2, dtype="bf16", path=tmp_path / "cache.bin")
 

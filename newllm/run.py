@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,8 @@ def _recorded(prepared: Prepared, overrides: list[str]) -> float | None:
         return _train_and_record(prepared, record, started)
     except BaseException as error:
         if not isinstance(error, SystemExit):
-            record.fail(error, wall_seconds=time.monotonic() - started)
+            with suppress(OSError):  # the full disk that ended the run: its own message is the one to see
+                record.fail(error, wall_seconds=time.monotonic() - started)
         raise
     finally:
         print(f"run: {folder}", flush=True)

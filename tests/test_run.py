@@ -11,7 +11,7 @@ from newllm.config.library import options
 from newllm.load import load_run
 from newllm.run import run_training
 from newllm.run_lock import only_writer
-from newllm.run_record import read_metrics, read_run
+from newllm.run_record import RunRecord, read_metrics, read_run
 from newllm.trainers.lagged_cache import LaggedCache
 
 PROBE = [
@@ -108,6 +108,20 @@ def test_data_that_cannot_be_read_is_refused_before_anything_is_written(tmp_path
     assert refused.value.code == 2
     assert "missing.jsonl" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_does_not_hide_why_the_run_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_, **__):
+        raise OSError("the checkpoint has no room")
+
+    def cannot_record(*_, **__):
+        raise OSError("FAILED has no room")
+
+    monkeypatch.setattr("newllm.run._train_and_record", fail)
+    monkeypatch.setattr(RunRecord, "fail", cannot_record)
+
+    with pytest.raises(OSError, match="the checkpoint has no room"):
+        train(tmp_path / "run")
 
 
 def test_a_second_process_may_not_write_the_same_folder(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 
+from newllm.config.command_line import refuse
 from newllm.config.schema import EvaluateConfig, EvaluationConfig
 from newllm.config.typed import real_config
 from newllm.evaluation.material import Material
@@ -47,8 +47,7 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
             run, config.evaluation, split=config.split, batch_size=config.batch_size, device=config.runtime.accelerator
         )
     except (ValueError, TypeError) as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+        refuse(str(error).splitlines())
     print(table(results))
     print(f"run: {config.run}")
     return results

@@ -48,7 +48,9 @@ def refused(folder: Path, capsys: pytest.CaptureFixture, *overrides: str) -> str
     with pytest.raises(SystemExit) as stopped:
         evaluate(folder, *overrides)
     assert stopped.value.code == 2
-    return capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "newllm: nothing was started, 1 problem found:\n  - " in error
+    return error
 
 
 def test_all_measurements_are_printed_and_written(trained, capsys):

@@ -17,7 +17,7 @@ from newllm.config.help_text import help_text
 from newllm.config.library import load
 from newllm.config.overrides import parse, quoted, readable
 from newllm.config.problems import ConfigError, listed
-from newllm.config.run_folder import can_resume, differences, latest_unfinished, overrides_of
+from newllm.config.run_folder import can_resume, differences, latest_unfinished, not_writable, overrides_of
 from newllm.config.schema import EvaluateConfig, TrainConfig
 from newllm.config.sweeps import examine_jobs, is_sweep, missing_extras
 from newllm.config.typed import build
@@ -70,7 +70,7 @@ def sweep_output(arguments: Sequence[str], root: str) -> Path | None:
     only_shows = options.hydra_help or options.info is not None or options.shell_completion or options.cfg is not None
     if only_shows or not (options.multirun or is_sweep(overrides, root)):
         return None
-    return Path(_value(overrides, "output_dir") or load(root, []).output_dir)
+    return _output_dir(overrides)
 
 
 def refuse(problems: Sequence[str]) -> NoReturn:
@@ -158,6 +158,7 @@ def _checked_sweep(overrides: list[str], root: str) -> list[str]:
         advice = "Allowed in a sweep: resume=auto, each job in its own folder. Resume a single run without -m."
         raise ConfigError([f"resume={_value(overrides, 'resume')}: is one folder for many jobs. {advice}"])
     problems = missing_extras(overrides) or examine_jobs(overrides, root)
+    problems += not_writable("output_dir", _output_dir(overrides))
     if problems:
         raise ConfigError(problems)
     return readable(overrides, root)
@@ -200,6 +201,21 @@ def _check_evaluated_run(config: EvaluateConfig) -> None:
         raise ConfigError(problems)
 
 
+def _output_dir(overrides: Sequence[str]) -> Path:
+    return Path(_value(overrides, "output_dir") or load("train", []).output_dir)
+
+
+def _no_place(config: TrainConfig | EvaluateConfig) -> list[str]:
+    """Return a sentence where what the run leaves has no place."""
+    if isinstance(config, EvaluateConfig):
+        return not_writable("run", config.run)
+    if config.check:
+        return []
+    if config.resume is not None:
+        return not_writable("resume", config.resume)
+    return not_writable("output_dir", config.output_dir)
+
+
 def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
@@ -219,6 +235,8 @@ def _value(overrides: Sequence[str], key: str) -> Any:
 
 def _examined(overrides: list[str], root: str) -> Any:
     config, problems = examine(overrides, root)
+    if config is not None:
+        problems += _no_place(config)
     if problems:
         raise ConfigError(problems)
     return config

@@ -42,6 +42,19 @@ def override_hash(overrides: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:8]
 
 
+def not_writable(key: str, folder: str | Path) -> list[str]:
+    """Return a sentence where nothing can be left in the folder: it cannot be made, or not be written to."""
+    where = Path(folder)
+    try:
+        while not where.exists():
+            where = where.parent
+        tempfile.TemporaryFile(dir=where).close()
+    except OSError as error:
+        reason = f"cannot be written to ({where}: {error.strerror})"
+        return [f"{key}={folder}: {reason}. Allowed: a folder that takes files. Make it writable, or name another."]
+    return []
+
+
 def can_resume(folder: Path) -> bool:
     """Whether the folder holds a run that was interrupted after a checkpoint."""
     return (folder / "checkpoints" / "last.ckpt").is_file() and not (folder / "DONE").exists()

@@ -57,6 +57,23 @@ def test_a_cost_estimate_lies_outside_the_outputs() -> None:
     assert "outputs" not in run_folder(compose(["check=true"]), NOW).parts
 
 
+@pytest.mark.parametrize("output_dir", ["file", "file/below", "/proc/none"])
+def test_a_folder_that_takes_no_files_is_refused(output_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").touch()
+
+    message = refusal(capsys, [f"output_dir={output_dir}"])
+
+    assert f"- output_dir={output_dir}: cannot be written to (" in message
+    assert message == refusal(capsys, ["-m", "seed=0,1", f"output_dir={output_dir}"])
+    assert check_command_line([f"output_dir={output_dir}", "check=true"], root="train")
+
+
+def test_asking_whether_a_folder_takes_files_leaves_nothing() -> None:
+    check_command_line(["output_dir=new/folder"], root="train")
+
+    assert list(Path().iterdir()) == []
+
+
 def test_override_hash_ignores_order_and_what_may_differ() -> None:
     name = override_hash(["model=infini", "seed=1"])
 

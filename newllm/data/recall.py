@@ -69,8 +69,8 @@ class Rows:
 
     def part(self, start: int, end: int) -> "Rows":
         """Return the rows from `start` to before `end`."""
-        parts = (array[start:end] for array in (self.inputs, self.labels, self.slices))
-        return Rows(*parts, self.slice_names)
+        rows = slice(start, end)
+        return Rows(self.inputs[rows], self.labels[rows], self.slices[rows], self.slice_names)
 
 
 class ProbeSamples:

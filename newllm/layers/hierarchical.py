@@ -63,7 +63,8 @@ class HierarchicalLayer(MemoryLayer):
 
     def recall(self, banks: Banks) -> Recall:
         coarse = banks.read_total()
-        expansion = torch.sigmoid(self.expansion_gate(coarse.transpose(1, 2).flatten(2))).squeeze(-1)  # [B, m]
+        answers = coarse.transpose(1, 2).flatten(2).to(self.selection_gate.dtype)  # [B, H, m, d] -> [B, m, H*d]
+        expansion = torch.sigmoid(self.expansion_gate(answers)).squeeze(-1).to(coarse.dtype)
         if self.training or self.expand_threshold is None:
             fine = banks.weigh(banks.read_each(), choose(banks, self.selection_gate))
             return Recall(torch.lerp(coarse, fine, expansion[:, None, :, None]), expansion)

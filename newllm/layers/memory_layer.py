@@ -300,4 +300,6 @@ def _state_after(state: MemoryLayerState, banks: Banks, open_tokens: Tokens) -> 
     """The state of rows that stood at one place, after a call that leaves these tokens open."""
     rows = state.num_rows
     counters = (open_tokens.keys.shape[2],) * rows, (banks.current,) * rows, (banks.segments_written,) * rows
-    return MemoryLayerState(banks.memory, *open_tokens, *counters, state.frozen)
+    # Copies: a view would keep the keys of the whole call alive as long as the state.
+    keys, values, strengths = (tensor.clone() for tensor in open_tokens)
+    return MemoryLayerState(banks.memory, keys, values, strengths, *counters, state.frozen)

@@ -201,6 +201,29 @@ def test_bf16_autocast_keeps_sums_in_fp32(name):
 
 
 @pytest.mark.parametrize("name", MEMORY_OPTIONS)
+def test_bf16_weights_keep_sums_in_fp32(name):
+    layer = build(name).to(torch.bfloat16)
+    hidden = texts(1, 2 * SEGMENT + 1).to(torch.bfloat16)
+
+    output, state = in_calls(layer, hidden, [SEGMENT + 1, SEGMENT])
+
+    assert output.dtype == torch.bfloat16
+    assert state.memory.matrix.dtype == state.memory.norm.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", MEMORY_OPTIONS)
+def test_the_state_keeps_no_more_than_it_says(name):
+    layer = build(name)
+
+    _, state = layer(texts(1, 5 * SEGMENT + 1), empty(layer, 1))
+
+    # A view of the call's keys would hold all of them.
+    assert (
+        sum(t.untyped_storage().nbytes() for t in tensors_of(state).values() if t.is_floating_point()) == state.nbytes
+    )
+
+
+@pytest.mark.parametrize("name", MEMORY_OPTIONS)
 def test_reading_without_update_leaves_the_memory(name):
     layer = build(name)
     _, state = layer(texts(2, 2 * SEGMENT), empty(layer, 2))

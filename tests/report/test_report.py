@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_runs import write_comparison, write_run
+from made_runs import write_comparison, write_run
 
 from newllm.report.__main__ import main
 from newllm.report.collect import collect

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import write_run
+from made_runs import write_run
 
 from newllm.report.collect import collect
 from newllm.report.groups import group_runs

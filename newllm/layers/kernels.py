@@ -142,14 +142,15 @@ class Elu(Kernel):
     Source: Infini-attention (Munkhdalai et al., 2024), eq. 3 to 5. Differs: zeros, not 0/0, while a bank is empty.
     """
 
+    def prepare(self, bank: Bank, num_queries: int | None) -> tuple[Tensor, ...]:
+        return (torch.cat([bank.matrix, bank.norm.unsqueeze(-1)], dim=-1),)
+
     def read(self, prepared: tuple[Tensor, ...], segment: Segment) -> Tensor:
-        matrix, norm = prepared
-        queries = segment.queries.unsqueeze(1)
-        return divide(queries @ matrix, queries @ norm)
+        return divide(*self.sums(prepared, segment).split([segment.values.shape[-1], 1], dim=-1))
 
     def sums(self, prepared: tuple[Tensor, ...], segment: Segment) -> Tensor:
         """Return the reading before its division, numerator and denominator side by side [B, N, H, m, d + 1]."""
-        return segment.queries.unsqueeze(1) @ torch.cat(prepared, dim=-1)
+        return segment.queries.unsqueeze(1) @ prepared[0]
 
     def novelty(self, bank: Bank, segment: Segment) -> Tensor:
         if self.rule == "linear":

@@ -59,7 +59,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 MEMORY_OPTIONS = [name for name, (kind, _) in OPTIONS.items() if kind != "pythia"]
 
 
-def build(name: str, *, dim: int = DIM, mlp_dim: int = MLP_DIM, **changes: Any) -> Layer:
+def build(name: str, *, dim: int = DIM, mlp_dim: int = MLP_DIM, num_heads: int = NUM_HEADS, **changes: Any) -> Layer:
     """Return a layer with every parameter random, gates and biases too, so that nothing is hidden by a zero."""
     kind, options = OPTIONS[name]
     module = importlib.import_module(f"newllm.layers.{kind}")

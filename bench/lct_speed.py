@@ -50,7 +50,7 @@ def steps(batch_size: int, length: int) -> dict[str, Callable[[], object]]:
     }
 
 
-def run(rounds: int = 5) -> str:
+def run(rounds: int = 3) -> str:
     """Measure all shapes, write bench/results/lct_speed_<device>.json and return the table as markdown."""
     about = machine()
     lines = [

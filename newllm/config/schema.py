@@ -209,8 +209,6 @@ class LoggerConfig(GroupConfig):
     """Where metrics go besides metrics.jsonl."""
 
     tensorboard: bool
-    csv: bool
-    wandb: bool  # Weights & Biases; its package is an extra
 
 
 @dataclass(frozen=True, kw_only=True)

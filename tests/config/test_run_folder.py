@@ -96,7 +96,7 @@ def test_resume_repeats_the_overrides_of_the_run_but_those_of_one_session() -> N
 def test_resume_refuses_another_configuration_with_the_difference(capsys: pytest.CaptureFixture[str]) -> None:
     folder = leave_run(Path("runs/first"), STARTED_WITH)
 
-    message = refusal(capsys, [f"resume={folder}", "trainer.max_steps=2000", "seed=3", "logger=csv"])
+    message = refusal(capsys, [f"resume={folder}", "trainer.max_steps=2000", "seed=3", "logger=none"])
 
     assert "2 problems found" in message
     assert f"seed=3: the run in {folder} has 0. Allowed to differ when resuming: runtime, logger" in message

@@ -64,7 +64,7 @@ def test_hash_has_eight_hex_digits_and_depends_on_what_is_computed() -> None:
     "override",
     [
         "runtime=gpu",
-        "logger=csv",
+        "logger=none",
         "callbacks=quiet",
         "output_dir=elsewhere",
         "data.num_workers=2",

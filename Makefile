@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # CI also runs the long tests; a developer asks for them with SLOW=1.
-MARKS := $(if $(or $(CI),$(SLOW)),not gpu,not slow and not gpu)
+MARKS := $(if $(or $(CI),$(SLOW)),not gpu and not timing,not slow and not gpu and not timing)
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help setup demo test lint bench clean

@@ -29,7 +29,7 @@ def step_seconds(layers, hidden, rounds):
     return best
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 @pytest.mark.parametrize("size", SIZES)
 def test_a_step_takes_at_most_one_and_a_half_times_that_of_softmax_attention(size):
     dim, num_heads, mlp_dim = SIZES[size]
@@ -46,7 +46,7 @@ def test_a_step_takes_at_most_one_and_a_half_times_that_of_softmax_attention(siz
     assert max(ratios.values()) <= 1.5, ratios
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_time_is_linear_in_length():
     layer = build("infini", dim=64, mlp_dim=128, segment_length=64)
     texts_by_length = {length: texts(1, length, dim=64).requires_grad_() for length in (256, 8192)}

@@ -14,9 +14,9 @@ from scipy.sparse.linalg import svds
 from torch import Tensor, nn
 
 from newllm.config.schema import EmbeddingConfig
-from newllm.data.hub import fetch_file
 from newllm.data.module import TextDataModule
 from newllm.data.prepared import Samples
+from newllm.hub import fetch_file
 from newllm.load import checkpoint_path, read_checkpoint
 from newllm.models.base import LanguageModel
 

@@ -10,8 +10,8 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from newllm.config.schema import TokenizerConfig
-from newllm.data.hub import fetch_file
 from newllm.data.tokenizer import END_OF_TEXT, Tokenizer, byte_of_character, load_tokenizer
+from newllm.hub import fetch_file
 
 HUB_REPOSITORIES = {"pythia": "EleutherAI/pythia-70m", "gpt2": "openai-community/gpt2"}
 TRAINED = ("bpe", "unigram")

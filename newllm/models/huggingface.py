@@ -191,7 +191,7 @@ def _file(source: str | Path, name: str, key: str) -> Path:
         raise ValueError(
             f"{key}={source}: holds no {name}. Allowed: a folder that save_pretrained wrote. Save the model there again."
         )
-    from newllm.data.hub import fetch_file
+    from newllm.hub import fetch_file
 
     return fetch_file(str(source), name, key=key, choices=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, null")
 

@@ -18,6 +18,20 @@ from newllm.trainers.optimization import build_optimizer, learning_rate_factor
 Batch = dict[str, Tensor]
 
 
+def context_norms(model: LanguageModel, states: Tensor) -> dict[str, Tensor]:
+    """Return mean, deviation and largest of the contexts' L2 norms over all positions; empty for a model without a context.
+
+    Args:
+        model: its states begin with the context where it has one.
+        states: of a batch [B, T, D].
+    """
+    width = getattr(model, "context_dim", None)
+    if width is None:
+        return {}
+    norms = torch.linalg.vector_norm(states[..., :width], dim=-1)
+    return {"context/norm_mean": norms.mean(), "context/norm_std": norms.std(), "context/norm_max": norms.max()}
+
+
 class TrainingModule(lightning.LightningModule):
     """A training procedure over a plain model. A subclass writes `states`: how the hidden states of a batch come about.
 
@@ -46,8 +60,10 @@ class TrainingModule(lightning.LightningModule):
         """Return the hidden states [B, T, D] that this procedure trains on, with gradient."""
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        loss = self.loss(self.model, self.states(batch), batch["labels"])
-        self.log("train/loss", loss.detach(), batch_size=batch["input_ids"].shape[0])
+        states = self.states(batch)
+        loss = self.loss(self.model, states, batch["labels"])
+        measured = {"train/loss": loss.detach(), **context_norms(self.model, states.detach())}
+        self.log_dict(measured, batch_size=batch["input_ids"].shape[0])
         return loss
 
     def probe(self, batch: Batch) -> dict[str, float]:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from newllm import hub
 from newllm.config.schema import TokenizerConfig
-from newllm.data import hub
-from newllm.data.hub import ask, fetch_file
 from newllm.data.tokenizer_kinds import ready_tokenizer
+from newllm.hub import ask, fetch_file
 
 LIMIT_SECONDS = 10.0
 PYTHIA = TokenizerConfig(kind="pythia", vocab_size=50304, path=None)

@@ -74,9 +74,9 @@ def test_table_and_picture_hold_every_configuration(tmp_path: Path) -> None:
     rows = {row[1]: row[2:] for row in norm_table(groups).rows}
     figure = draw_contexts(groups)
 
-    assert rows["model=new_llm model.update=additive"][3] == "3/3"
-    assert rows["model=new_llm model.update=additive"][4].startswith("6/6, rank 0.")
-    assert rows["model=transformer no model.update"][1:3] == ["-", "-"]
+    assert rows["model=new_llm"][3] == "3/3"
+    assert rows["model=new_llm"][4].startswith("6/6, rank 0.")
+    assert rows["model=transformer"][1:3] == ["-", "-"]
     assert [len(axes.lines) for axes in figure.axes] == [
         4,
         8,

@@ -14,7 +14,7 @@ from newllm.config.schema import DataConfig, TokenizerConfig
 from newllm.data.blocks import Blocks, count_blocks, count_used_tokens
 from newllm.data.document import Source
 from newllm.data.prepared import PreparedData
-from newllm.data.split_rule import split_rule
+from newllm.data.split_rule import SplitRule
 from newllm.data.streams import SPLITS, open_streams, open_tokenizer
 from newllm.data.text_statistics import bigram_entropy, count_tokens, cross_entropy, unseen_share
 from newllm.data.token_cache import CachedFolder
@@ -70,9 +70,7 @@ def prepare_text(
     source: Source,
     data: DataConfig,
     tokenizer_config: TokenizerConfig,
-    *,
-    validation: str | None,
-    text_field: str = "text",
+    rule: SplitRule,
 ) -> PreparedData:
     """Return a source of text as blocks of tokens, with all that is known about them.
 
@@ -80,20 +78,18 @@ def prepare_text(
         source: where the documents come from.
         data: block length, limits, shares, cache.
         tokenizer_config: which tokenizer; one that must be trained sees training text only.
-        validation: the key data.validation.
-        text_field: field of the text in a validation file.
+        rule: which documents train, validate and test.
     Raises:
         ValueError: a document cannot be read, the text is too short, or validation holds too many unseen tokens.
     """
-    rule = split_rule(validation, data, text_field=text_field)
     tokenizer = open_tokenizer(source, rule, tokenizer_config, cache_dir=data.cache_dir)
-    _warn_if_smaller(tokenizer, tokenizer_config)
+    warn_if_smaller(tokenizer, tokenizer_config)
     cached = open_streams(source, rule, tokenizer, cache_dir=data.cache_dir)
     parts = {split: use_part(cached, split, tokenizer, data) for split in SPLITS}
     train, held_out = parts["train"], parts["validation"]
     _check_length(source, parts, data)
     share = unseen_share(held_out.target_counts, train.target_counts)
-    _check_unseen(share, data)
+    check_unseen(share, data)
     facts = {
         "kind": data.kind,
         "source": source.name,
@@ -120,7 +116,7 @@ def prepare_text(
         fingerprint=_fingerprint(cached, parts, tokenizer, data),
         facts=facts,
         targets_are_next_tokens=True,
-        validation_text=partial(_text_of, held_out.targets, tokenizer),
+        validation_text=partial(text_of, held_out.targets, tokenizer),
     )
 
 
@@ -147,7 +143,8 @@ def _tokenizer_facts(cached: CachedFolder, tokenizer: Tokenizer, config: Tokeniz
     }
 
 
-def _text_of(targets: np.ndarray, tokenizer: Tokenizer) -> bytes:
+def text_of(targets: np.ndarray, tokenizer: Tokenizer) -> bytes:
+    """Return the UTF-8 bytes of token ids."""
     texts = tokenizer.token_texts
     return b"".join(texts[token] for token in targets.tolist())
 
@@ -162,7 +159,8 @@ def _fingerprint(cached: CachedFolder, parts: dict[str, UsedPart], tokenizer: To
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _warn_if_smaller(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
+def warn_if_smaller(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
+    """Warn where the training text gave fewer tokens than were asked for."""
     if config.vocab_size is not None and tokenizer.vocab_size < config.vocab_size:
         warnings.warn(
             f"tokenizer.vocab_size={config.vocab_size}: the training text has pairs for {tokenizer.vocab_size} tokens "
@@ -181,7 +179,12 @@ def _check_length(source: Source, parts: dict[str, UsedPart], data: DataConfig) 
             )
 
 
-def _check_unseen(share: float, data: DataConfig) -> None:
+def check_unseen(share: float, data: DataConfig) -> None:
+    """Refuse validation text of which more than data.max_unseen never occurs in training.
+
+    Raises:
+        ValueError: the share is too large.
+    """
     if share > data.max_unseen:
         raise ValueError(
             f"data.max_unseen={data.max_unseen}: {share:.4f} of the validation tokens have an id that never occurs in "

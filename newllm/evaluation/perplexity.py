@@ -26,7 +26,7 @@ BANDS = (
     (1000.0, "500 to 1000: early in training"),
     (float("inf"), "above 1000: under-trained"),
 )
-CODE = ("stdlib",)
+EASY = ("reversal", "stdlib")
 """Kinds of data whose text is easier than prose: the bands say nothing about them."""
 
 
@@ -62,7 +62,7 @@ def measure(material: Material, options: PerplexityConfig) -> dict[str, Any]:
     if options.compare_compressors:
         compressed = compressed_bits_per_byte(_text(material, material.tokenizer))
         found |= {f"{name}_bits_per_byte": value for name, value in compressed.items()}
-    if material.run.config.tokenizer.kind != "bytes" and material.run.config.data.kind not in CODE:
+    if material.run.config.tokenizer.kind != "bytes" and material.run.config.data.kind not in EASY:
         found["band"] = next(text for limit, text in BANDS if found["perplexity"] < limit or limit == float("inf"))
     return found
 

@@ -1,0 +1,164 @@
+"""The reversal curse: what a model that knows facts in one direction says in the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Annotated, Any
+
+import numpy as np
+
+from newllm.config.fields import Range, Share
+from newllm.config.schema import EvaluationConfig
+from newllm.data.facts import Direction, Fact
+from newllm.data.reversal import facts_of
+from newllm.data.tokenizer import Tokenizer
+from newllm.evaluation.answers import answer_scores, sentence_losses
+from newllm.evaluation.material import Material
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReversalConfig(EvaluationConfig):
+    """When the other direction is worth a number.
+
+    Attributes:
+        forward_exact_match: share of facts answered exactly in the trained direction above which the other one is told.
+        seed: of the wrong answers that right ones are compared with.
+    """
+
+    forward_exact_match: Share
+    seed: Annotated[int, Range(minimum=0)]
+
+    def check(self, config: Any) -> list[str]:
+        """Return what is wrong between the measurement and the data."""
+        if config.data.kind == "reversal":
+            return []
+        return [
+            f"evaluation=[reversal]: asks for facts, data of kind {config.data.kind} hold none in two directions. "
+            "Allowed with it: data=reversal. Leave reversal out of the list."
+        ]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says to the sentences of a direction, one entry per fact.
+
+    Attributes:
+        is_exact: every token of the right entity is the likeliest.
+        rank: of the right entity among all of its kind, 1 is best.
+        margin: log p of the right entity less that of a random other one of its kind, nats.
+        candidates: entities of its kind.
+    """
+
+    is_exact: list[bool]
+    rank: list[int]
+    margin: list[float]
+    candidates: list[int]
+
+    def figures(self) -> dict[str, Any]:
+        """Return their means, what guessing would reach, and a paired test of right against random entities."""
+        return {
+            "exact_match": fmean(self.is_exact),
+            "mean_reciprocal_rank": fmean(1 / rank for rank in self.rank),
+            "chance_exact_match": fmean(1 / count for count in self.candidates),
+            "chance_mean_reciprocal_rank": fmean(
+                fmean(1 / rank for rank in range(1, count + 1)) for count in self.candidates
+            ),
+            "margin_nats": fmean(self.margin),
+            "p_value": paired_p_value(self.margin),
+        }
+
+
+def measure(material: Material, options: ReversalConfig) -> dict[str, Any]:
+    """Return what is known of the facts in both directions, apart for those trained in one and in both.
+
+    Sentences are in the template that the fact left out of training, each read after an end of text from an empty state; only the
+    entity they end with is scored.
+
+    Args:
+        material: model and facts.
+        options: the gate.
+    Returns:
+        `one_way` and `both_ways`, where there are such facts: `facts` (how many), `forward` and `backward` with `exact_match` (share),
+        `mean_reciprocal_rank` among the entities of the group that are of the same kind, both also by chance, `margin_nats` (log p of
+        the right entity less that of a random one of its kind) and its `p_value`; `forward_perplexity`, `backward_perplexity` (exp of
+        the mean over sentences of nats per token) and their `gap`. Below the gate `backward`, its perplexity and the gap are a
+        sentence that says so.
+    Raises:
+        ValueError: the tokenizer joins an entity with the text before it.
+    """
+    assert material.tokenizer is not None, "facts are text"
+    facts = facts_of(material.run.config.data)  # type: ignore[arg-type]  # the schema of data=reversal
+    found: dict[str, Any] = {}
+    for name, is_both in (("one_way", False), ("both_ways", True)):
+        group = [fact for fact in facts if fact.both_ways == is_both]
+        if group:
+            found[name] = _measure_group(material, material.tokenizer, group, options)
+    return found
+
+
+def paired_p_value(differences: Sequence[float]) -> float:
+    """Return the two-sided p-value of a paired t-test: how likely so large a mean difference is, if the true one is 0."""
+    from scipy.stats import ttest_1samp
+
+    if np.ptp(differences) == 0:  # no spread to test against
+        return 1.0 if differences[0] == 0 else 0.0
+    return float(ttest_1samp(differences, 0.0).pvalue)
+
+
+def _measure_group(
+    material: Material, tokenizer: Tokenizer, facts: list[Fact], options: ReversalConfig
+) -> dict[str, Any]:
+    found: dict[str, Any] = {"facts": len(facts)}
+    forward = _answers(material, tokenizer, facts, "forward", options.seed).figures()
+    found |= {"forward": forward, "forward_perplexity": _perplexity(material, tokenizer, facts, "forward")}
+    if forward["exact_match"] <= options.forward_exact_match:
+        reason = (
+            f"not told: forward exact match {forward['exact_match']:.3f} is not above {options.forward_exact_match}"
+        )
+        return found | {"backward": reason, "backward_perplexity": reason, "gap": reason}
+    backward = _perplexity(material, tokenizer, facts, "backward")
+    return found | {
+        "backward": _answers(material, tokenizer, facts, "backward", options.seed).figures(),
+        "backward_perplexity": backward,
+        "gap": backward - found["forward_perplexity"],
+    }
+
+
+def _perplexity(material: Material, tokenizer: Tokenizer, facts: list[Fact], direction: Direction) -> float:
+    sentences = [tokenizer.encode(fact.asked(direction)) for fact in facts]
+    loss = fmean(sentence_losses(material.model, sentences, eos_id=tokenizer.eos_id))
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _answers(material: Material, tokenizer: Tokenizer, facts: list[Fact], direction: Direction, seed: int) -> Answers:
+    found = Answers([], [], [], [])
+    generator = np.random.default_rng(seed)
+    for relation in dict.fromkeys(fact.relation for fact in facts):
+        asked = [fact for fact in facts if fact.relation == relation]
+        entities = [fact.answer(direction) for fact in asked]  # each belongs to one fact
+        pairs = [_divided(tokenizer, fact, direction) for fact in asked]
+        prompts = [[tokenizer.eos_id, *prompt] for prompt, _ in pairs]
+        scores, is_likeliest = answer_scores(material.model, prompts, [answer for _, answer in pairs])
+        right = scores.diagonal()
+        count = len(entities)
+        others = (np.arange(count) + generator.integers(1, count, size=count)) % count  # any but the right one
+        found.is_exact.extend(is_likeliest.diagonal().tolist())
+        found.rank.extend(((scores > right[:, None]).sum(dim=1) + 1).tolist())
+        found.margin.extend((right - scores[range(count), others]).tolist())
+        found.candidates.extend([count] * count)
+    return found
+
+
+def _divided(tokenizer: Tokenizer, fact: Fact, direction: Direction) -> tuple[list[int], list[int]]:
+    """Token ids of the sentence up to the entity asked for, and of the entity."""
+    sentence, entity = fact.asked(direction), f" {fact.answer(direction)}"
+    prompt, answer = tokenizer.encode(sentence.removesuffix(entity)), tokenizer.encode(entity)
+    if prompt + answer != tokenizer.encode(sentence):
+        raise ValueError(
+            f"evaluation.reversal: the tokenizer joins{entity} with the text before it. Allowed: tokenizers that divide "
+            "text at spaces. Train with tokenizer=bpe or tokenizer=bytes."
+        )
+    return prompt, answer

@@ -17,6 +17,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging
 
 from newllm.callbacks.checkpoints import Checkpoints
+from newllm.callbacks.csv_table import CsvTable
+from newllm.callbacks.logger import Logger
 from newllm.callbacks.probe import Probe
 from newllm.callbacks.progress import Progress
 from newllm.callbacks.samples import Samples
@@ -24,6 +26,7 @@ from newllm.callbacks.stop import StopAtStep, StopOnSignal
 from newllm.callbacks.telemetry import Telemetry
 from newllm.callbacks.tensorboard import TensorBoard
 from newllm.callbacks.validate_at_end import ValidateAtEnd
+from newllm.callbacks.weights_and_biases import WeightsAndBiases
 from newllm.closing import closing_lines
 from newllm.config.command_line import refuse
 from newllm.config.schema import TrainConfig
@@ -67,7 +70,7 @@ class Session:
     checkpoints: Checkpoints
     stop: StopOnSignal
     stop_at: StopAtStep | None
-    board: TensorBoard | None
+    loggers: list[Logger]
 
 
 def run_training(config: TrainConfig, folder: Path, overrides: list[str]) -> float | None:
@@ -148,7 +151,9 @@ def _prepare(config: TrainConfig, folder: Path) -> Prepared:
         set_embedding(model, embedding_table(config.embedding, data, token_embedding(model).embedding_dim))
     if config.embedding.freeze:
         freeze_embedding(model)
-    module = build_training_module(model, config, data.token_bytes, num_samples=data.num_train_samples, folder=folder)
+    module = build_training_module(
+        model, config, data.token_bytes, num_samples=data.num_train_samples, folder=folder, data=data
+    )
     return Prepared(config, folder, data, model, module, checkpoint)
 
 
@@ -181,19 +186,20 @@ def _train_and_record(prepared: Prepared, record: RunRecord, started: float) -> 
         record.update(guards=[asdict(verdict) for verdict in verdicts])
     reason = session.stop.reason or (session.stop_at.reason if session.stop_at is not None else None)
     last, best = last_and_best(read_metrics(folder))
-    if session.board is not None:
-        session.board.hyperparameters(plain(config), last)
-        session.board.close()
+    for logger in session.loggers:
+        logger.summary(plain(config), last)
+        logger.close()
     draw_curves(folder)
     record.finish(
         status="finished" if reason is None else "stopped",
-        exit_reason=reason or _ending(config, session.checkpoints.last_step),
+        exit_reason=reason or _ending(prepared, session.checkpoints.last_step),
         tokens=session.telemetry.tokens,
         tokens_per_second=session.telemetry.tokens_per_second,
         wall_seconds=time.monotonic() - started,
         metrics=last,
         best_metrics=best,
     )
+    record.update(**prepared.module.facts())
     if reason is not None:
         print(f"stopped by {reason}; saved {session.checkpoints.last_path}. Continue with: resume={folder}")
         if session.stop.exit_code:
@@ -204,10 +210,12 @@ def _train_and_record(prepared: Prepared, record: RunRecord, started: float) -> 
     return last.get("val/loss")
 
 
-def _ending(config: TrainConfig, last_step: int | None) -> str:
-    if last_step == config.trainer.max_steps:
+def _ending(prepared: Prepared, last_step: int | None) -> str:
+    if prepared.module.stop_reason is not None:
+        return prepared.module.stop_reason
+    if last_step == prepared.module.max_steps:
         return f"trainer.max_steps={last_step} made"
-    patience = config.trainer.early_stopping_patience
+    patience = prepared.config.trainer.early_stopping_patience
     return f"early stopping at step {last_step}: {patience} validations without a better val/loss; the best weights are kept"
 
 
@@ -215,7 +223,7 @@ def _preflight(prepared: Prepared) -> list[Verdict]:
     if not prepared.config.guards.preflight:
         return [switched_off("preflight")]
     # A loader of its own: looking at a batch must not move the one that training reads.
-    batch = next(iter(prepared.data.train_dataloader()))
+    batch = next(iter(prepared.data.block_dataloader()))
     return run_preflight(
         prepared.model,
         batch,
@@ -229,25 +237,42 @@ def _preflight(prepared: Prepared) -> list[Verdict]:
 
 def _session(prepared: Prepared) -> Session:
     config, folder = prepared.config, prepared.folder
-    board = TensorBoard(folder / "tensorboard") if config.logger.tensorboard else None
+    loggers = _loggers(config, folder)
     telemetry = Telemetry(
         folder,
         log_every_steps=config.trainer.log_every_steps,
-        board=board,
+        loggers=loggers,
         train_flops_per_token=round(3 * prepared.model.flops_per_token(config.data.block_length)),
         precision=config.runtime.precision,
     )
     is_pretrained = getattr(config.model, "pretrained", None) is not None
-    floor = None if is_pretrained else prepared.data.facts.get("floor_nats_per_token")
+    floor = (
+        None
+        if is_pretrained or not prepared.module.predicts_tokens
+        else prepared.data.facts.get("floor_nats_per_token")
+    )
     monitor = Monitor(config.guards, folder, floor_nats=floor) if config.guards.monitor else None
-    checkpoints = Checkpoints(folder / "checkpoints", every_steps=config.trainer.checkpoint_every_steps)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", every_steps=config.trainer.checkpoint_every_steps, monitor=prepared.module.monitor
+    )
     stop_at = None if config.stop_at_step is None else StopAtStep(config.stop_at_step)
-    return Session(telemetry, monitor, checkpoints, StopOnSignal(), stop_at, board)
+    return Session(telemetry, monitor, checkpoints, StopOnSignal(), stop_at, loggers)
+
+
+def _loggers(config: TrainConfig, folder: Path) -> list[Logger]:
+    chosen: list[Logger] = []
+    if config.logger.tensorboard:
+        chosen.append(TensorBoard(folder / "tensorboard"))
+    if config.logger.csv:
+        chosen.append(CsvTable(folder / "metrics.csv"))
+    if config.logger.wandb:
+        chosen.append(WeightsAndBiases(folder, plain(config)))
+    return chosen
 
 
 def _callbacks(prepared: Prepared, session: Session) -> list[Callback]:
     """All callbacks, in the order that their work needs: what measures speed before what costs time, checkpoints last."""
-    config = prepared.config
+    config, module = prepared.config, prepared.module
     options = config.callbacks
     found: list[Callback | None] = [
         None if options.lag_every_steps is None else Probe(every_steps=options.lag_every_steps),
@@ -260,15 +285,15 @@ def _callbacks(prepared: Prepared, session: Session) -> list[Callback]:
     ]
     if config.trainer.ema_decay is not None:
         found.append(EMAWeightAveraging(decay=config.trainer.ema_decay))
-    if config.trainer.early_stopping_patience is not None:
-        found.append(EarlyStopping("val/loss", patience=config.trainer.early_stopping_patience, verbose=False))
-    if options.sample_every_steps is not None and prepared.data.tokenizer is not None:
-        found.append(_samples(prepared, options.sample_every_steps, session.board))
+    if config.trainer.early_stopping_patience is not None and module.monitor is not None:
+        found.append(EarlyStopping(module.monitor, patience=config.trainer.early_stopping_patience, verbose=False))
+    if options.sample_every_steps is not None and prepared.data.tokenizer is not None and module.predicts_tokens:
+        found.append(_samples(prepared, options.sample_every_steps, session.loggers))
     found.append(session.checkpoints)
     return [callback for callback in found if callback is not None]
 
 
-def _samples(prepared: Prepared, every_steps: int, board: TensorBoard | None) -> Samples:
+def _samples(prepared: Prepared, every_steps: int, loggers: list[Logger]) -> Samples:
     options = prepared.config.callbacks
     prompts = next(iter(prepared.data.val_dataloader()))["input_ids"][:2, :16]
 
@@ -282,11 +307,11 @@ def _samples(prepared: Prepared, every_steps: int, board: TensorBoard | None) ->
             seed=prepared.config.seed,
         )
 
-    return Samples(prepared.folder, every_steps=every_steps, sample=sample, board=board)
+    return Samples(prepared.folder, every_steps=every_steps, sample=sample, loggers=loggers)
 
 
 def _fit(prepared: Prepared, session: Session) -> None:
-    config = prepared.config
+    config, module = prepared.config, prepared.module
     trainer = lightning.Trainer(
         default_root_dir=prepared.folder,
         accelerator=config.runtime.accelerator,
@@ -294,11 +319,11 @@ def _fit(prepared: Prepared, session: Session) -> None:
         strategy=config.runtime.strategy,
         precision=config.runtime.precision,
         deterministic=config.runtime.deterministic,
-        max_steps=config.trainer.max_steps,
+        max_steps=module.max_steps,
         max_epochs=-1,
-        accumulate_grad_batches=config.trainer.accumulate_batches,
+        accumulate_grad_batches=module.accumulate_batches,
         # In batches and across epochs: a validation every so many optimizer steps, however long an epoch is.
-        val_check_interval=config.trainer.validate_every_steps * config.trainer.accumulate_batches,
+        val_check_interval=config.trainer.validate_every_steps * module.accumulate_batches,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=False,
@@ -308,4 +333,4 @@ def _fit(prepared: Prepared, session: Session) -> None:
         callbacks=_callbacks(prepared, session),
     )
     with session.stop:
-        trainer.fit(prepared.module, datamodule=prepared.data, ckpt_path=prepared.checkpoint)
+        trainer.fit(module, datamodule=prepared.data, ckpt_path=prepared.checkpoint)

@@ -57,10 +57,10 @@ class Checkpoints(Checkpoint):
     Args:
         folder: where last.ckpt and best.ckpt go.
         every_steps: optimizer steps from one last.ckpt to the next.
-        monitor: metric that best.ckpt minimises, logged by every validation.
+        monitor: metric that best.ckpt minimises, logged by every validation; None where the newest weights are the best.
     """
 
-    def __init__(self, folder: str | Path, *, every_steps: int, monitor: str = "val/loss") -> None:
+    def __init__(self, folder: str | Path, *, every_steps: int, monitor: str | None = "val/loss") -> None:
         self.folder = Path(folder)
         self.every_steps = every_steps
         self.monitor = monitor
@@ -123,6 +123,8 @@ class Checkpoints(Checkpoint):
 
     def _note_best(self, trainer: Trainer) -> bool:
         """Return whether the monitor is the lowest so far, the same on every rank."""
+        if self.monitor is None:
+            return self._is_owed or trainer.should_stop
         metrics = trainer.callback_metrics
         if self.monitor not in metrics:
             raise ValueError(

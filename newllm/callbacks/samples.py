@@ -1,20 +1,20 @@
 """What the model writes while it learns."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from newllm.callbacks.logger import Logger
 from newllm.callbacks.loop import has_stepped
-from newllm.callbacks.tensorboard import TensorBoard
 from newllm.whole_file import write_whole
 
 
 class Samples(Callback):
-    """Writes generated texts to samples.txt and TensorBoard every n optimizer steps.
+    """Writes generated texts to samples.txt and the loggers every n optimizer steps.
 
     Looking changes nothing: the model is in eval mode, without gradient, and the random numbers of training go on as if
     nothing had been drawn.
@@ -23,16 +23,16 @@ class Samples(Callback):
         folder: run folder, where samples.txt goes.
         every_steps: optimizer steps from one set of samples to the next.
         sample: returns the texts to show.
-        board: where the texts go as well; None for samples.txt alone.
+        loggers: where the texts go as well.
     """
 
     def __init__(
-        self, folder: str | Path, *, every_steps: int, sample: Callable[[], list[str]], board: TensorBoard | None
+        self, folder: str | Path, *, every_steps: int, sample: Callable[[], list[str]], loggers: Sequence[Logger]
     ) -> None:
         self.path = Path(folder) / "samples.txt"
         self.every_steps = every_steps
         self.sample = sample
-        self.board = board
+        self.loggers = loggers
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.path.exists():
@@ -51,8 +51,8 @@ class Samples(Callback):
             file.write(f"step {trainer.global_step}\n")
             for text in texts:
                 file.write("".join(f"    {line}\n" for line in text.splitlines() or [""]) + "\n")
-        if self.board is not None:
-            self.board.texts("samples", texts, trainer.global_step)
+        for logger in self.loggers:
+            logger.texts("samples", texts, trainer.global_step)
 
     def _generate(self, pl_module: LightningModule) -> list[str]:
         modes = [(module, module.training) for module in pl_module.modules()]

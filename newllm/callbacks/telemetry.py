@@ -1,6 +1,6 @@
-"""Everything a run measures, to metrics.jsonl and TensorBoard."""
+"""Everything a run measures, to metrics.jsonl and the loggers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
 
+from newllm.callbacks.logger import Logger
 from newllm.callbacks.loop import has_stepped, is_training_validation
 from newllm.callbacks.peak import peak_flops
 from newllm.callbacks.speed import FetchTimer, SpeedMeter
-from newllm.callbacks.tensorboard import TensorBoard
 from newllm.run_record import append_metrics, keep_metrics, read_metrics
 
 Line = dict[str, float | Tensor]
@@ -37,7 +37,7 @@ class Telemetry(Callback):
     Args:
         folder: run folder, where metrics.jsonl goes.
         log_every_steps: optimizer steps from one line to the next.
-        board: where the same numbers go as curves; None for metrics.jsonl alone.
+        loggers: where the same numbers go besides metrics.jsonl.
         train_flops_per_token: FLOPs of forward and backward, for speed/mfu; None leaves it out.
         precision: Lightning's precision flag, which decides the device's peak.
 
@@ -51,13 +51,13 @@ class Telemetry(Callback):
         folder: str | Path,
         *,
         log_every_steps: int,
-        board: TensorBoard | None,
+        loggers: Sequence[Logger],
         train_flops_per_token: int | None = None,
         precision: str = "32-true",
     ) -> None:
         self.folder = Path(folder)
         self.log_every_steps = log_every_steps
-        self.board = board
+        self.loggers = loggers
         self.train_flops_per_token = train_flops_per_token
         self.precision = precision
         self.tokens = 0
@@ -92,8 +92,8 @@ class Telemetry(Callback):
         keep_metrics(self.folder, up_to_step=kept)
         for line in read_metrics(self.folder):
             self.last |= line
-        if self.board is not None:
-            self.board.open(first_step=kept + 1)
+        for logger in self.loggers:
+            logger.open(first_step=kept + 1)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._write(trainer)
@@ -123,8 +123,9 @@ class Telemetry(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer)
-        if trainer.is_global_zero and self.board is not None:
-            self.board.flush()
+        if trainer.is_global_zero:
+            for logger in self.loggers:
+                logger.flush()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
@@ -178,5 +179,5 @@ class Telemetry(Callback):
         step, tokens = int(line["step"]), int(line["tokens"])
         append_metrics(self.folder, {**line, "step": step, "tokens": tokens})
         self.last |= new
-        if self.board is not None:
-            self.board.scalars(step, new)
+        for logger in self.loggers:
+            logger.scalars(step, {"tokens": tokens, **new})

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from newllm.callbacks.logger import Logger
 from newllm.config.typed import flat, is_run_independent
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, int | float | str]:
     return {key: value if is_number[key] else str(value) for key, value in decisive.items()}
 
 
-class TensorBoard:
+class TensorBoard(Logger):
     """Writes the event files of one run; the step axis is optimizer steps.
 
     Args:
@@ -82,7 +83,7 @@ class TensorBoard:
         blocks = ("".join(f"    {line}\n" for line in text.splitlines() or [""]) for text in texts)
         self.writer.add_text(name, "\n---\n\n".join(blocks), step)
 
-    def hyperparameters(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    def summary(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Fill the HParams page: the settings of this run beside its final metrics.
 
         The metrics are those whose curves are in this folder; TensorBoard shows the last point of each.

@@ -8,6 +8,7 @@ Nothing here, nor in a schema beside code, may need torch: mistakes are answered
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+from newllm.config.extras import no_wandb_login, not_installed
 from newllm.config.fields import Count, Range, Share
 
 Natural = Annotated[int, Range(minimum=0)]
@@ -209,6 +210,15 @@ class LoggerConfig(GroupConfig):
     """Where metrics go besides metrics.jsonl."""
 
     tensorboard: bool
+    csv: bool
+    wandb: bool  # Weights & Biases; WANDB_PROJECT, WANDB_MODE=offline and its other variables hold
+
+    def check(self, config: "TrainConfig") -> list[str]:
+        """Return a sentence where Weights & Biases is asked for and cannot be had."""
+        if not self.wandb:
+            return []
+        missing = not_installed("logger.wandb=true", "wandb", "wandb", "logger=tensorboard, csv, none")
+        return missing or no_wandb_login()
 
 
 @dataclass(frozen=True, kw_only=True)

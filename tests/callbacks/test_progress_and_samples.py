@@ -50,7 +50,7 @@ def test_progress_keeps_one_line_in_a_terminal(tmp_path: Path) -> None:
 def test_samples_are_written_every_n_steps_and_drop_what_a_resumed_run_makes_again(tmp_path: Path) -> None:
     def callbacks() -> list:
         board = TensorBoard(tmp_path / "tensorboard")
-        samples = Samples(tmp_path, every_steps=2, sample=lambda: ["one\nstep 9\n", ""], board=board)
+        samples = Samples(tmp_path, every_steps=2, sample=lambda: ["one\nstep 9\n", ""], loggers=[board])
         return [samples, Checkpoints(tmp_path / "checkpoints", every_steps=3)]
 
     fit(TinyModule(), [StopAtStep(3), *callbacks()], max_steps=8)
@@ -74,7 +74,7 @@ def test_looking_at_samples_changes_nothing_of_the_run(tmp_path: Path) -> None:
         module = TinyModule()
         module.net.append(torch.nn.Dropout(0.5))
         module.net[0].eval()
-        callback = Samples(tmp_path, every_steps=1, sample=lambda: noisy(module), board=None)
+        callback = Samples(tmp_path, every_steps=1, sample=lambda: noisy(module), loggers=[])
         fit(module, [callback] if samples else [], max_steps=4, enable_checkpointing=False)
         return module
 

@@ -24,12 +24,12 @@ STEP_TOKENS = BATCH * BLOCK
 
 
 def train(folder: Path, *callbacks: Callback, board: bool = False, every: int = 2, **options: Any) -> Telemetry:
-    chart = TensorBoard(folder / "tensorboard") if board else None
-    telemetry = Telemetry(folder, log_every_steps=every, board=chart)
+    chart = TensorBoard(folder / "tensorboard")
+    telemetry = Telemetry(folder, log_every_steps=every, loggers=[chart] if board else [])
     options = {"max_steps": 12, **options}
     module = options.pop("module", None) or TinyModule()
     fit(module, [telemetry, *callbacks, Checkpoints(folder / "checkpoints", every_steps=4)], **options)
-    if chart is not None:
+    if board:
         chart.close()
     return telemetry
 
@@ -203,7 +203,7 @@ def test_tensorboard_has_a_layout_and_the_hyperparameters_with_final_metrics(tmp
     board.texts("samples", ["# not a heading\nline two"], 3)
 
     config = {"model": {"kind": "infini", "stack": ["a", "b"], "freeze": True}, "seed": 0, "runtime": {"devices": 1}}
-    board.hyperparameters(config, {"val/loss": 2.0})
+    board.summary(config, {"val/loss": 2.0})
     board.close()
 
     events = curves(tmp_path)
@@ -236,7 +236,7 @@ def test_peak_is_known_by_device_and_precision(device: str, precision: str, peak
 
 def test_mfu_is_the_share_of_the_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("newllm.callbacks.telemetry.peak_flops", lambda *_: 1e9)
-    telemetry = Telemetry(tmp_path, log_every_steps=2, board=None, train_flops_per_token=1000)
+    telemetry = Telemetry(tmp_path, log_every_steps=2, loggers=[], train_flops_per_token=1000)
 
     fit(TinyModule(), [telemetry], max_steps=2, enable_checkpointing=False)
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from newllm.config.schema import LossConfig
+from newllm.losses.linear_cross_entropy import NO_TARGET, at_least_fp32, mean_nats, row_nats, rows_at_once
 from newllm.models.base import LanguageModel
-
-NO_TARGET = -100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,19 +24,20 @@ def token_nats(model: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
         hidden: states [..., D].
         targets: the token that each state is to predict [...].
     """
-    logits = _logits(model, hidden.flatten(0, -2))
+    rows = rows_at_once(hidden, model.vocab_size)
+    head = model.linear_head(hidden.flatten(0, -2)) if targets.numel() > rows else None
+    if head is not None:
+        return row_nats(*head, targets.flatten(), rows=rows).view(targets.shape)
+    logits = at_least_fp32(model.logits(hidden.flatten(0, -2)))
     nats = nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=NO_TARGET, reduction="none")
     return nats.view(targets.shape)
 
 
-def _logits(model: LanguageModel, hidden: Tensor) -> Tensor:
-    """At least fp32: the log-sum-exp over the vocabulary loses its small terms below that."""
-    logits = model.logits(hidden)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 class NextTokenLoss(nn.Module):
     """Mean cross entropy over all targets of a batch, nats per token; `NO_TARGET` positions do not count.
+
+    Logits that would take more bytes than the device's limit are made in chunks, and the gradient with them: the same loss and
+    gradients, without the logits of a whole batch.
 
     Args:
         config: no options.
@@ -55,7 +54,11 @@ class NextTokenLoss(nn.Module):
             hidden: states [B, T, D].
             targets: the token after each position [B, T], as the batch holds them: nothing is shifted here.
         """
-        logits = _logits(model, hidden).flatten(0, 1)
+        rows = rows_at_once(hidden, model.vocab_size)
+        head = model.linear_head(hidden.flatten(0, 1)) if targets.numel() > rows else None
+        if head is not None:
+            return mean_nats(*head, targets.flatten(), rows=rows)
+        logits = at_least_fp32(model.logits(hidden)).flatten(0, 1)
         return nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=NO_TARGET)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,14 @@ class ModelOutput:
     logits: Tensor | None
     hidden: Tensor
     state: Any
+
+
+class LinearHead(NamedTuple):
+    """Scores as one linear map: features [..., F], weight [V, F], and bias [V] or None."""
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor | None
 
 
 class LanguageModel(nn.Module, ABC):
@@ -70,6 +78,13 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Return scores of the next token [..., V] for states [..., D]."""
+
+    def linear_head(self, hidden: Tensor) -> LinearHead | None:
+        """Return what `logits` multiplies for states [..., D]; None where scores are no linear map, as they may be.
+
+        A loss over many tokens then makes the scores of a few at a time.
+        """
+        return None
 
     @abstractmethod
     def flops_per_token(self, length: int) -> float:

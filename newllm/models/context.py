@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from newllm.config.fields import Range
 from newllm.config.schema import ModelConfig
 from newllm.layers.context_block import ContextBlock, TokenBlock, initialise
-from newllm.models.base import LanguageModel, ModelOutput
+from newllm.models.base import LanguageModel, LinearHead, ModelOutput
 from newllm.models.context_state import ContextState, token_window
 
 
@@ -111,10 +111,11 @@ class ContextLM(LanguageModel):
         return ModelOutput(None, torch.cat([contexts[-1], predicting], dim=-1), next_state)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        predicting = hidden[..., self.context_dim :]
-        if self.head is None:
-            return nn.functional.linear(predicting, self.embedding.weight)
-        return self.head(predicting)
+        return nn.functional.linear(*self.linear_head(hidden))
+
+    def linear_head(self, hidden: Tensor) -> LinearHead:
+        weight, bias = (self.embedding.weight, None) if self.head is None else (self.head.weight, self.head.bias)
+        return LinearHead(hidden[..., self.context_dim :], weight, bias)
 
     def read_tokens(self, input_ids: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """Return what enters every position, normed embeddings of its last k tokens [B, T, k*D], and the last k - 1 of them.

@@ -17,7 +17,7 @@ from newllm.config.schema import ModelConfig
 from newllm.layers.base import Layer
 from newllm.layers.build import build_stack
 from newllm.layers.context_block import ContextBlock, initialise
-from newllm.models.base import LanguageModel, ModelOutput
+from newllm.models.base import LanguageModel, LinearHead, ModelOutput
 from newllm.models.context_state import ContextState
 from newllm.state import State
 
@@ -153,6 +153,9 @@ class ContextPythia(LanguageModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(self.final_norm(hidden[..., self.context_dim :]))
+
+    def linear_head(self, hidden: Tensor) -> LinearHead:
+        return LinearHead(self.final_norm(hidden[..., self.context_dim :]), self.head.weight, None)
 
     def flops_per_token(self, length: int) -> float:
         once = [self.projection, self.head, *self.context_block.modules()]

@@ -16,7 +16,7 @@ from newllm.config.fields import Range
 from newllm.config.schema import ModelConfig
 from newllm.layers.context_block import initialise
 from newllm.layers.context_update import ContextUpdate
-from newllm.models.base import LanguageModel, ModelOutput
+from newllm.models.base import LanguageModel, LinearHead, ModelOutput
 from newllm.models.context_state import ContextState
 
 
@@ -112,6 +112,9 @@ class NewLlm(LanguageModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden[..., self.context_dim :])
+
+    def linear_head(self, hidden: Tensor) -> LinearHead:
+        return LinearHead(hidden[..., self.context_dim :], self.head.weight, self.head.bias)
 
     def flops_per_token(self, length: int) -> float:
         return 2 * sum(part.weight.numel() for part in self.modules() if isinstance(part, nn.Linear))

@@ -23,7 +23,7 @@ from newllm.config.fields import Range
 from newllm.config.schema import ModelConfig
 from newllm.layers.base import Layer
 from newllm.layers.build import build_stack
-from newllm.models.base import LanguageModel, ModelOutput
+from newllm.models.base import LanguageModel, LinearHead, ModelOutput
 from newllm.models.transformer import initialise
 from newllm.state import State
 
@@ -189,6 +189,9 @@ class SelectiveLM(LanguageModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(self.final_norm(hidden))
+
+    def linear_head(self, hidden: Tensor) -> LinearHead:
+        return LinearHead(self.final_norm(hidden), self.head.weight, None)
 
     def halting_logits(self, levels_BTsD: Tensor) -> Tensor:
         """Return the gates before the sigmoid [B, T, s-1]: the last step has none, it emits what is left."""

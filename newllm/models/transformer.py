@@ -14,7 +14,7 @@ from newllm.config.schema import ModelConfig
 from newllm.layers.base import Layer
 from newllm.layers.build import build_stack
 from newllm.layers.feedback import Feedback, FeedbackKind
-from newllm.models.base import LanguageModel, ModelOutput
+from newllm.models.base import LanguageModel, LinearHead, ModelOutput
 from newllm.state import State
 
 
@@ -120,6 +120,9 @@ class TransformerLM(LanguageModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(self.final_norm(hidden))
+
+    def linear_head(self, hidden: Tensor) -> LinearHead:
+        return LinearHead(self.final_norm(hidden), self.head.weight, None)
 
     def flops_per_token(self, length: int) -> float:
         feedback = 0 if self.feedback is None else self.feedback.flops_per_token()

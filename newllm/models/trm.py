@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from newllm.config.fields import Range
 from newllm.config.schema import ModelConfig
 from newllm.layers.tiny_block import TinyBlock
-from newllm.models.base import LanguageModel, ModelOutput
+from newllm.models.base import LanguageModel, LinearHead, ModelOutput
 from newllm.models.transformer import initialise
 from newllm.state import State, by_groups
 
@@ -192,6 +192,9 @@ class TrmLM(LanguageModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)
+
+    def linear_head(self, hidden: Tensor) -> LinearHead:
+        return LinearHead(hidden, self.head.weight, None)
 
     def halting_logits(self, levels_BTND: Tensor) -> Tensor:
         """Return, before the sigmoid, how sure the model is that more steps do not help a token [B, T, N]."""

@@ -1,0 +1,135 @@
+"""Cross entropy of logits that are one linear map, a few rows at a time: the logits of all rows never exist together.
+
+N: rows. F: features, the width of what the head reads. V: vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+NO_TARGET = -100
+
+# Bytes of the logits made at once, by device. On a CPU a chunk that is written, read and written again should not leave the
+# caches for long; a GPU needs thousands of rows to be busy.
+MAX_LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**30}
+
+
+def rows_at_once(features_NF: Tensor, vocab_size: int) -> int:
+    """Return how many rows' logits, in fp32, fit the limit of the device; at least 1."""
+    width = max(4, features_NF.element_size())
+    return max(1, MAX_LOGITS_BYTES.get(features_NF.device.type, 2**26) // (width * vocab_size))
+
+
+def mean_nats(features_NF: Tensor, weight: Tensor, bias: Tensor | None, targets_N: Tensor, *, rows: int) -> Tensor:
+    """Return the mean cross entropy over all targets, nats; the same number and gradients as from whole logits.
+
+    The gradient is formed beside the loss, chunk by chunk, so nothing is computed twice and no logits are kept for the way back.
+
+    Args:
+        features_NF: what the head reads.
+        weight: of the head [V, F].
+        bias: of the head [V], or None.
+        targets_N: token ids; `NO_TARGET` rows do not count.
+        rows: rows whose logits exist at once.
+    """
+    weight, features_NF = _as_autocast(weight), _as_autocast(features_NF)
+    return _MeanNats.apply(features_NF, weight, bias, targets_N, rows, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+
+
+def row_nats(features_NF: Tensor, weight: Tensor, bias: Tensor | None, targets_N: Tensor, *, rows: int) -> Tensor:
+    """Return the cross entropy of every row [N], nats; 0 without a target. Arguments as for `mean_nats`.
+
+    The rows' weights in the loss are not known yet: their logits are made once more on the way back.
+    """
+
+    def part(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        logits = at_least_fp32(nn.functional.linear(features, weight, bias))
+        return nn.functional.cross_entropy(logits, targets, ignore_index=NO_TARGET, reduction="none")
+
+    chunks = zip(features_NF.split(rows), targets_N.split(rows), strict=True)
+    return torch.cat([checkpoint(part, f, weight, bias, t, use_reentrant=False) for f, t in chunks])
+
+
+def at_least_fp32(logits: Tensor) -> Tensor:
+    """Return the logits in fp32 or wider: the log-sum-exp over the vocabulary loses its small terms below that."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _as_autocast(tensor: Tensor) -> Tensor:
+    """The dtype in which autocast would multiply; a Function's own products are not seen by it."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+
+
+def _log_probabilities_to_gradient(log_probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of each row, 0 without a target, and its gradient by the logits: the argument's own memory on a CPU."""
+    is_target = (targets != NO_TARGET).unsqueeze(1)
+    index = targets.clamp_min(0).unsqueeze(1)
+    nats = -(log_probabilities.gather(1, index) * is_target)
+    gradient = log_probabilities.exp_()
+    gradient.scatter_add_(1, index, gradient.new_full((), -1.0).expand(index.shape))
+    return nats, gradient
+
+
+@cache
+def _part(device_type: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Fused on CUDA, where the three passes over a chunk would cost more than its products."""
+    compiled: Any = torch.compile(_log_probabilities_to_gradient, dynamic=False)
+    return compiled if device_type == "cuda" else _log_probabilities_to_gradient
+
+
+class _MeanNats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int, differentiate: bool
+    ) -> Tensor:
+        wide = torch.promote_types(features.dtype, torch.float32)
+        wants_features, wants_weight, wants_bias = (differentiate and wanted for wanted in ctx.needs_input_grad[:3])
+        is_target = (targets != NO_TARGET).unsqueeze(1)
+        num_targets = is_target.sum()
+        total = features.new_zeros((), dtype=wide)
+        by_features = torch.empty_like(features) if wants_features else None
+        by_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        by_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wants_bias else None
+        nats_and_gradient = _part(features.device.type)
+        for start in range(0, features.shape[0], rows):
+            part = slice(start, start + rows)
+            logits = torch.nn.functional.linear(features[part], weight, bias)
+            log_probabilities = logits.log_softmax(dim=1, dtype=wide)
+            del logits
+            nats, gradient = nats_and_gradient(log_probabilities, targets[part])
+            total += nats.sum()
+            # Rows without a target are left out of the narrow factors: the wide one is not read once more for them.
+            gradient = gradient.to(features.dtype)
+            if by_features is not None:
+                torch.mm(gradient, weight, out=by_features[part])
+                by_features[part].mul_(is_target[part])
+            if by_weight is not None:
+                counted = features[part] * is_target[part]
+                if by_weight.dtype == gradient.dtype:
+                    by_weight.addmm_(gradient.T, counted)
+                else:
+                    by_weight += gradient.T @ counted
+            if by_bias is not None:
+                by_bias += is_target[part].to(gradient.dtype).T.matmul(gradient).squeeze(0)
+        ctx.save_for_backward(by_features, by_weight, by_bias, num_targets)
+        ctx.dtypes = (features.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return total / num_targets
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor | None, ...]:
+        *gradients, num_targets = ctx.saved_tensors
+        scale = by_loss / num_targets
+        scaled = [
+            None if gradient is None else (gradient * scale).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None, None)

@@ -19,12 +19,12 @@ from newllm.evaluation.scoring import token_losses
 from newllm.evaluation.streaming import MODES, StreamReading
 from newllm.layers.memory_layer import MemoryLayer
 from newllm.layers.memory_state import MemoryLayerState
+from newllm.layers.pythia import PythiaLayer
 from newllm.losses.next_token import NO_TARGET
 from newllm.models.base import LanguageModel
+from newllm.report.statistics import weighted_mean
 from newllm.state import parts_of
 from newllm.streaming import read_block
-
-INTERVAL = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class MemoryEvaluationConfig(EvaluationConfig):
 
     Attributes:
         context_tokens: tokens before a block that attention without a window still reaches; null: as the run was trained.
-        segment_length: tokens; null: of the bottom memory layer, or a block where there is none.
+        segment_length: tokens; null: of the bottom memory layer; without one the window of attention, or a block.
         resamples: of the texts, for the intervals.
     """
 
@@ -56,7 +56,7 @@ def measure(material: Material, options: MemoryEvaluationConfig) -> dict[str, An
 
     Segments are grouped by doubling: 0, 1, 2-3, 4-7 and so on. What a memory is worth is told as loss without it (or with
     another text's) minus loss with it, nats per token, with the interval of resampled texts: each text's losses are compared with
-    its own. One text has no interval.
+    its own. One text has no interval. `by_text` holds the sums behind the lines, so that other models can be compared text by text.
 
     Args:
         material: model and text.
@@ -71,15 +71,19 @@ def measure(material: Material, options: MemoryEvaluationConfig) -> dict[str, An
     modes = [mode for mode in MODES if all(mode in losses for losses in by_text.values())]
     lengths = {text: len(losses["exact"]) for text, losses in by_text.items()}
     edges = _doubling_edges(-(-max(lengths.values()) // segment_length))
-    lines = []
+    lines, sums_by_text = [], []
     for first, end in edges:
-        sums = _sums(by_text, modes, first * segment_length, end * segment_length)
+        start, stop = first * segment_length, end * segment_length
         name = str(first) if end == first + 1 else f"{first}-{end - 1}"
+        sums = _sums(by_text, modes, start, stop)
         lines.append({"segments": name, **_compare(sums, modes, options.resamples)})
+        reached = [text for text, length in lengths.items() if length > start]
+        sums_by_text.append({"segments": name, "texts": reached, **_columns(sums, modes)})
     everything = _sums(by_text, modes, 0, max(lengths.values()))
     return {
         "all": _compare(everything, modes, options.resamples),
         "by_segment": lines,
+        "by_text": sums_by_text,
         "segment_length": segment_length,
         "context_tokens": context_tokens,
         **_bytes(model, config.data.block_length, context_tokens),
@@ -87,8 +91,10 @@ def measure(material: Material, options: MemoryEvaluationConfig) -> dict[str, An
 
 
 def _segment_length(model: LanguageModel) -> int | None:
+    """Of the bottom memory layer, else the window of the bottom attention layer: what a position sees without a memory."""
     lengths = [layer.options.segment_length for layer in model.modules() if isinstance(layer, MemoryLayer)]
-    return lengths[0] if lengths else None
+    windows = [layer.window for layer in model.modules() if isinstance(layer, PythiaLayer)]
+    return next(iter([*lengths, *windows]), None)
 
 
 def _lanes(material: Material) -> TextDataModule:
@@ -145,6 +151,11 @@ def _sums(by_text: dict[int, dict[str, np.ndarray]], modes: list[Any], first: in
     return np.array(rows, dtype=np.float64)
 
 
+def _columns(sums: np.ndarray, modes: list[Any]) -> dict[str, list[float]]:
+    """The sums of each text: targets, and nats of each reading."""
+    return {"targets": sums[:, -1].tolist(), **{f"nats_{mode}": sums[:, i].tolist() for i, mode in enumerate(modes)}}
+
+
 def _compare(sums: np.ndarray, modes: list[Any], resamples: int) -> dict[str, Any]:
     losses = sums[:, :-1].sum(0) / sums[:, -1].sum()
     found: dict[str, Any] = {"loss": losses[0], "perplexity": math.exp(min(losses[0], 700))}
@@ -157,15 +168,8 @@ def _compare(sums: np.ndarray, modes: list[Any], resamples: int) -> dict[str, An
 
 def _difference(nats: np.ndarray, targets: np.ndarray, name: str, resamples: int) -> dict[str, float | None]:
     """Mean difference, nats per token, and the percentile interval of resampled texts."""
-    mean = float(nats.sum() / targets.sum())
-    if len(nats) == 1:
-        return {name: mean, f"{name}_low": None, f"{name}_high": None}
-    generator = np.random.default_rng(0)
-    # How often each text is drawn: as many numbers as texts, however long they are.
-    drawn = generator.multinomial(len(nats), np.full(len(nats), 1 / len(nats)), size=resamples)
-    means = (drawn @ nats) / (drawn @ targets)
-    low, high = np.quantile(means, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
-    return {name: mean, f"{name}_low": float(low), f"{name}_high": float(high)}
+    mean, low, high = weighted_mean(nats, targets, resamples=resamples)
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 
 @torch.inference_mode()

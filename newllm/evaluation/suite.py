@@ -20,6 +20,7 @@ from newllm.models.base import LanguageModel
 from newllm.whole_file import write_whole
 
 REPRODUCED = ("val/loss", "val/perplexity", "val/bits_per_byte", "val/accuracy")
+SHOWN_ENTRIES = 8  # of a list on the terminal
 
 
 def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
@@ -96,6 +97,8 @@ def table(results: Mapping[str, Any]) -> str:
     lines = []
     for name, value in _leaves(results):
         shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        if isinstance(value, list) and len(value) > SHOWN_ENTRIES:
+            shown = f"{len(value)} entries, see evaluation.json"
         lines.append(f"{name:<44} {shown}")
     return "\n".join(lines)
 

@@ -54,6 +54,16 @@ def text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
+def memory_name(settings: dict[str, Any]) -> str:
+    """Return in words what a run remembers with: its kinds of layers and, with a memory, its kernel."""
+    stack = settings.get("layers.stack", ())
+    layers = [next(iter(layer)) if isinstance(layer, dict) else str(layer) for layer in stack]
+    kinds = list(dict.fromkeys(layers))
+    kernel = settings.get("layers.memory_kernel")
+    told = " + ".join(kinds) or str(settings.get("model.kind"))
+    return told if kernel is None or kinds == ["pythia"] else f"{told}, {kernel}"
+
+
 def _letter(number: int) -> str:
     letters = ""
     while number >= 0:

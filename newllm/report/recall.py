@@ -5,13 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from newllm.report.collect import RunCurves, collect
-from newllm.report.groups import Group, group_runs
+from newllm.report.groups import Group, group_runs, memory_name
 from newllm.report.statistics import mean_and_deviation
 from newllm.report.style import COLOURS, FAINT, new_figure, save_png, styled, tidy
 
@@ -33,15 +32,6 @@ def series_of(groups: Sequence[Group]) -> dict[str, list[tuple[float, float, flo
         if cost not in points or mean > points[cost][1]:
             points[cost] = (cost, mean, deviation)
     return {name: [points[cost] for cost in sorted(points)] for name, points in sorted(found.items())}
-
-
-def memory_name(settings: dict[str, Any]) -> str:
-    """Return in words what a run remembers with: its kinds of layers and, with a memory, its kernel."""
-    stack = settings.get("layers.stack", ())
-    layers = [next(iter(layer)) if isinstance(layer, dict) else str(layer) for layer in stack]
-    kinds = " + ".join(dict.fromkeys(layers)) or str(settings.get("model.kind"))
-    kernel = settings.get("layers.memory_kernel")
-    return kinds if kernel is None else f"{kinds}, {kernel}"
 
 
 def draw_state_vs_recall(runs: Sequence[RunCurves]) -> Figure:

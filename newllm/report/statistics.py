@@ -47,6 +47,26 @@ def interval(values: Sequence[float], *, share: float = 0.95) -> tuple[float, fl
     return float(low), float(high)
 
 
+def weighted_mean(
+    sums: np.ndarray, weights: np.ndarray, *, resamples: int = RESAMPLES, share: float = 0.95
+) -> tuple[float, float | None, float | None]:
+    """Return total sum over total weight, and its percentile interval over resampled units; no interval of a single one.
+
+    Args:
+        sums: of each unit, for instance nats of a text [N].
+        weights: of each unit, for instance its targets [N].
+        resamples: draws of N units, with a fixed seed.
+        share: of the resamples inside the interval.
+    """
+    mean = float(sums.sum() / weights.sum())
+    if len(sums) == 1:
+        return mean, None, None
+    # How often each unit is drawn: as many numbers as units, however heavy they are.
+    drawn = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples)
+    low, high = np.quantile((drawn @ sums) / (drawn @ weights), [(1 - share) / 2, (1 + share) / 2])
+    return mean, float(low), float(high)
+
+
 def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
     """Return how much higher `values` are than `reference`, over the seeds of both; None where they share none."""
     seeds = tuple(sorted(values.keys() & reference.keys()))

@@ -107,7 +107,7 @@ def test_runs_that_never_carried_a_memory_are_measured_too(tmp_path: Path):
 
     assert "loss_memory_off" not in found["all"]
     assert found["memory_bytes"] == 0
-    assert found["segment_length"] == 16
+    assert found["segment_length"] == 8
 
 
 def test_samples_without_text_are_refused():

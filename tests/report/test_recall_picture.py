@@ -7,13 +7,15 @@ import pytest
 from made_runs import write_run
 
 from newllm.report.collect import collect
-from newllm.report.groups import group_runs
-from newllm.report.recall import METRIC, draw_state_vs_recall, main, memory_name, series_of
+from newllm.report.groups import group_runs, memory_name
+from newllm.report.recall import METRIC, draw_state_vs_recall, main, series_of
 
 
 def write_probe(folder: Path, kernel: str | None, accuracy: float, *, seed: int = 0, **changes: Any) -> None:
     layers = (
-        {"stack": ["pythia", "pythia"]} if kernel is None else {"stack": ["pythia", "infini"], "memory_kernel": kernel}
+        {"stack": ["pythia", "pythia"], "memory_kernel": "elu"}  # unused, but part of every run's configuration
+        if kernel is None
+        else {"stack": ["pythia", "infini"], "memory_kernel": kernel}
     )
     state_bytes, lr = changes.pop("state_bytes"), changes.pop("lr", 0.001)
     config = {"layers": layers | {"memory_heads": state_bytes}, "optimizer": {"lr": lr}}

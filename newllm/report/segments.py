@@ -1,0 +1,136 @@
+"""Losses by segment of whole texts, read from the evaluation.json of runs: sums of each text, the mean over seeds.
+
+N: texts that reach a segment.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from newllm.report.collect import RunCurves
+from newllm.report.groups import Group, group_runs, memory_name
+from newllm.report.statistics import weighted_mean
+from newllm.run_record import Run
+
+MODES = ("exact", "memory_off", "other_memory")
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Some neighbouring segments of all texts that reach them.
+
+    Attributes:
+        name: first and last index, as `4-7`.
+        texts: number of each text in the data.
+        targets: of each text [N].
+        nats: of each text, mean over seeds, by reading: exact, memory_off, other_memory [N].
+        losses: nats per target of the exact reading, one for each seed.
+    """
+
+    name: str
+    texts: tuple[int, ...]
+    targets: np.ndarray
+    nats: dict[str, np.ndarray]
+    losses: Sequence[float]
+
+    def loss(self, mode: str) -> float:
+        """Return nats per target of a reading."""
+        return float(self.nats[mode].sum() / self.targets.sum())
+
+    def more_than(self, mode: str, other: "Segments | None" = None) -> tuple[float, float | None, float | None]:
+        """Return how much higher a reading's loss is than the exact one, of these or of another model, with its interval over texts.
+
+        Args:
+            mode: of the reading.
+            other: of the same texts; None for these.
+        """
+        exact = (self if other is None else other).nats["exact"]
+        return weighted_mean(self.nats[mode] - exact, self.targets)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One configuration that has read the texts.
+
+    Attributes:
+        group: its runs.
+        name: its layers, in words.
+        segment_length: tokens.
+        state_bytes, memory_bytes: what one text carries from block to block, and the memories' part of it.
+        segments: from the first.
+    """
+
+    group: Group
+    name: str
+    segment_length: int
+    state_bytes: int
+    memory_bytes: int
+    segments: Sequence[Segments]
+
+    def paired(self, own: Segments, reference: "Reader | None") -> Segments | None:
+        """Return the same segments of the same texts as the reference read them; None where there are none."""
+        if reference is None or reference is self or reference.segment_length != self.segment_length:
+            return None
+        found = [theirs for theirs in reference.segments if (theirs.name, theirs.texts) == (own.name, own.texts)]
+        return found[0] if found else None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Readers of the same texts, the best first.
+
+    Attributes:
+        name: kind of the data.
+        readers: all configurations.
+    """
+
+    name: str
+    readers: Sequence[Reader]
+
+    @property
+    def reference(self) -> Reader | None:
+        """The best reader without memory."""
+        return next((reader for reader in self.readers if reader.memory_bytes == 0), None)
+
+
+def corpora_of(runs: Sequence[RunCurves]) -> list[Corpus]:
+    """Return what has been measured, by data.
+
+    Args:
+        runs: finished ones whose evaluation.json holds `memory` count; others are left out.
+    """
+    measured = [run for run in runs if run.status == "finished" and _memory_of(run.run) is not None]
+    found: dict[tuple[str, str], list[Reader]] = {}
+    for group in group_runs(measured, "val/loss"):
+        run = group.runs[0]
+        key = (str(run.settings.get("data.kind")), str(run.run.facts.get("data", {}).get("fingerprint")))
+        found.setdefault(key, []).append(_reader(group))
+    return [Corpus(name, readers) for (name, _), readers in sorted(found.items())]
+
+
+def _memory_of(run: Run) -> dict[str, Any] | None:
+    path = run.folder / "evaluation.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text()).get("memory")
+    return found if found is not None and "by_text" in found else None
+
+
+def _reader(group: Group) -> Reader:
+    seeds = [found for run in group.by_seed.values() if (found := _memory_of(run.run)) is not None]
+    first = seeds[0]
+    sizes = {name: first[name] for name in ("segment_length", "state_bytes", "memory_bytes")}
+    segments = [_segments([seed["by_text"][place] for seed in seeds]) for place in range(len(first["by_text"]))]
+    return Reader(group, memory_name(group.runs[0].settings), segments=segments, **sizes)
+
+
+def _segments(seeds: Sequence[dict[str, Any]]) -> Segments:
+    """The same segments in runs that differ in their seed only: the same texts and targets."""
+    targets = np.array(seeds[0]["targets"], dtype=np.float64)
+    modes = [mode for mode in MODES if f"nats_{mode}" in seeds[0]]
+    nats = {mode: np.mean([seed[f"nats_{mode}"] for seed in seeds], axis=0) for mode in modes}
+    losses = [sum(seed["nats_exact"]) / targets.sum() for seed in seeds]
+    return Segments(seeds[0]["segments"], tuple(seeds[0]["texts"]), targets, nats, losses)

@@ -1,0 +1,95 @@
+"""`python -m newllm.report.reversal <folders>`: what runs on data=reversal know of facts in both directions, over seeds."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from newllm.report.collect import collect
+from newllm.report.groups import Group, group_runs
+from newllm.report.statistics import mean_and_deviation
+
+LARGEST = "p, largest"
+COLUMNS = (
+    ("forward exact match", ("forward", "exact_match")),
+    ("backward exact match", ("backward", "exact_match")),
+    ("backward MRR", ("backward", "mean_reciprocal_rank")),
+    ("by chance", ("backward", "chance_mean_reciprocal_rank")),
+    ("backward margin, nats", ("backward", "margin_nats")),
+    (LARGEST, ("backward", "p_value")),
+    ("forward perplexity", ("forward_perplexity",)),
+    ("gap", ("gap",)),
+)
+SIDES = {"one_way": "one way", "both_ways": "both ways"}
+NONE = "-"
+
+
+def table(groups: Sequence[Group]) -> str:
+    """Return a markdown table, one line for each configuration and way of training facts; shares unless a unit is given.
+
+    Mean +- standard deviation over the seeds that tell a number; "-" where none does, because forward exact match was too low.
+    """
+    head = ["configuration", "facts trained", "seeds", *(title for title, _ in COLUMNS), "FLOPs per token"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for group in groups:
+        found = [evaluated for run in group.by_seed.values() if (evaluated := _measured(run.run.folder)) is not None]
+        for side, words in SIDES.items():
+            measured = [part[side] for part in found if side in part]
+            if measured:
+                figures = [_over_seeds(title, [_value(part, path) for part in measured]) for title, path in COLUMNS]
+                flops = group.facts("flops_per_token")
+                cost = f"{flops[0]:.3g}" if flops else NONE
+                cells = [group.label, f"{words} ({measured[0]['facts']})", str(len(measured)), *figures, cost]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _measured(folder: Path) -> dict[str, Any] | None:
+    """What evaluation.json holds of the reversal; None where it was not measured."""
+    file = folder / "evaluation.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("reversal") if file.is_file() else None
+
+
+def _value(part: dict[str, Any], path: Sequence[str]) -> float | None:
+    """A number inside the measurement; None where a sentence says why there is none."""
+    value: Any = part
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, int | float) else None
+
+
+def _over_seeds(title: str, values: Sequence[float | None]) -> str:
+    told = [value for value in values if value is not None]
+    if not told:
+        return NONE
+    if title == LARGEST:
+        return f"{max(told):.2g}"
+    mean, deviation = mean_and_deviation(told)
+    among = "" if len(told) == len(values) else f" ({len(told)} of {len(values)})"
+    return f"{mean:.3g}{'' if deviation is None else f' +- {deviation:.2g}'}{among}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 when the table is printed, 2 when there is nothing to tell."""
+    parser = argparse.ArgumentParser(prog="python -m newllm.report.reversal", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold them")
+    given = parser.parse_args(arguments)
+    runs, unreadable = collect(given.folders)
+    for item in unreadable:
+        print(f"not readable: {item.folder}: {item.reason}", file=sys.stderr)
+    measured = [run for run in runs if _measured(run.run.folder) is not None]
+    if not measured:
+        print(
+            f"report: none of {len(runs)} runs has measured the reversal. Allowed: runs with evaluation=[reversal]. "
+            "Run evaluate.py with it.",
+            file=sys.stderr,
+        )
+        return 2
+    print(table(group_runs(measured, "val/loss")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

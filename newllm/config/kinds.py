@@ -29,7 +29,7 @@ FOLDERS: dict[type[GroupConfig], str] = {
 }
 """Where the kinds of each base live, under newllm/."""
 
-_SCHEMA_IMPORTS = ("__future__", "collections", "dataclasses", "math", "typing", "newllm.config")
+_SCHEMA_IMPORTS = ("__future__", "collections", "dataclasses", "math", "pathlib", "typing", "newllm.config")
 
 
 def schema_of(base: type[GroupConfig], kind: str) -> type[GroupConfig] | None:

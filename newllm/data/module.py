@@ -12,6 +12,7 @@ from newllm.config.schema import DataConfig, TokenizerConfig, TrainConfig
 from newllm.data.compression import compressed_bits_per_byte
 from newllm.data.lanes import LaneBatches, TextBlocks, in_lanes
 from newllm.data.loader import EpochBatches, PositionLoader, make_loader
+from newllm.data.positions import PositionReading, positions_of
 from newllm.data.prepared import PreparedData, Samples
 from newllm.data.tokenizer import Tokenizer
 from newllm.data.tokenizer_kinds import saved_tokenizer
@@ -33,6 +34,7 @@ class TextDataModule(LightningDataModule):
         self.tokenizer_config = tokenizer
         self.seed = seed
         self.in_lanes = in_lanes
+        self.positions: PositionReading | None = None
         self._prepared: PreparedData | None = None
 
     def prepare(self) -> None:
@@ -111,7 +113,17 @@ class TextDataModule(LightningDataModule):
         text = self.prepared.validation_text
         return None if text is None else compressed_bits_per_byte(text())
 
+    def read_positions(self, reading: PositionReading) -> None:
+        """Give training the single positions of the text instead of its blocks."""
+        self.positions = reading
+
     def train_dataloader(self) -> PositionLoader:
+        if self.positions is None:
+            return self.block_dataloader()
+        return self._position_loader(self.prepared.train, self.positions, shuffle=self.positions.shuffle)
+
+    def block_dataloader(self) -> PositionLoader:
+        """Return the loader of the training blocks, also where training reads positions."""
         config = self.data_config
         return self._loader(
             self.prepared.train,
@@ -122,6 +134,8 @@ class TextDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> PositionLoader:
+        if self.positions is not None and self.positions.held_out:
+            return self._position_loader(self.prepared.validation, self.positions, shuffle=False)
         return self._held_out_loader(self.prepared.validation)
 
     def test_dataloader(self) -> PositionLoader:
@@ -155,6 +169,13 @@ class TextDataModule(LightningDataModule):
     def _held_out_loader(self, samples: Samples) -> PositionLoader:
         # In the main process: to fetch these few batches costs less than to start loader processes for them.
         return self._loader(samples, self.data_config.eval_batch_size, num_workers=0, seed=self.seed, shuffle=False)
+
+    def _position_loader(self, samples: Samples, reading: PositionReading, *, shuffle: bool) -> PositionLoader:
+        positions = positions_of(
+            samples, num_input_tokens=reading.num_input_tokens, reset_at_text=reading.reset_at_text
+        )
+        workers = self.data_config.num_workers if samples is self.prepared.train else 0
+        return self._loader(positions, reading.batch_size, num_workers=workers, seed=self.seed, shuffle=shuffle)
 
     def _loader(
         self, samples: Samples, batch_size: int, *, num_workers: int, seed: int, shuffle: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
 import torch
@@ -44,8 +44,15 @@ class TrainingModule(lightning.LightningModule):
         token_bytes: UTF-8 bytes of every token [V], for bits per byte.
 
     Attributes:
+        monitor: validation metric whose lowest value makes the best checkpoint; None where the newest weights are it.
+        predicts_tokens: training minimises nats per token; False where its loss is something else and no token is predicted yet.
         step_state: what the last step started from, where that was not zeros: for the record of a step that went wrong.
+        stop_reason: why the procedure ended its own training, in words; None while it has not.
+        histograms: values whose distribution is worth a picture, by name; the telemetry shows them with its next line.
     """
+
+    monitor: ClassVar[str | None] = "val/loss"
+    predicts_tokens: ClassVar[bool] = True
 
     def __init__(self, model: LanguageModel, loss: nn.Module, config: TrainConfig, token_bytes: Tensor) -> None:
         super().__init__()
@@ -54,6 +61,22 @@ class TrainingModule(lightning.LightningModule):
         self.last_grad_norm: Tensor | None = None
         self.scores: dict[str, Score] = {}
         self.step_state: Tensor | State | None = None
+        self.stop_reason: str | None = None
+        self.histograms: dict[str, Tensor] = {}
+
+    @property
+    def max_steps(self) -> int:
+        """Optimizer steps of the whole run, at most."""
+        return self.config.trainer.max_steps
+
+    @property
+    def accumulate_batches(self) -> int:
+        """Batches whose gradients make one optimizer step."""
+        return self.config.trainer.accumulate_batches
+
+    def facts(self) -> dict[str, Any]:
+        """Return what run.json records of the procedure itself, in plain values."""
+        return {}
 
     @abstractmethod
     def states(self, batch: Batch) -> Tensor:
@@ -97,7 +120,7 @@ class TrainingModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.config.optimizer)
         # The length of the schedule comes from the configuration: asking the trainer for it would break exact resumption.
-        factor = learning_rate_factor(self.config.schedule, self.config.trainer.max_steps)
+        factor = learning_rate_factor(self.config.schedule, self.max_steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from newllm.config.schema import TrainConfig
+from newllm.data.module import TextDataModule
 from newllm.models.base import LanguageModel
 from newllm.trainers.base import TrainingModule
 
@@ -26,7 +27,13 @@ def training_module_class(kind: str) -> type[TrainingModule]:
 
 
 def build_training_module(
-    model: LanguageModel, config: TrainConfig, token_bytes: Tensor, *, num_samples: int, folder: Path
+    model: LanguageModel,
+    config: TrainConfig,
+    token_bytes: Tensor,
+    *,
+    num_samples: int,
+    folder: Path,
+    data: TextDataModule | None = None,
 ) -> TrainingModule:
     """Return the procedure with the model and the loss that the configuration names.
 
@@ -36,9 +43,10 @@ def build_training_module(
         token_bytes: UTF-8 bytes of every token [V].
         num_samples: training samples.
         folder: run folder.
+        data: prepared, for a procedure that reads its text in another way than block by block.
     """
     loss = importlib.import_module(f"newllm.losses.{config.loss.kind}").build(config.loss)
     kind = training_module_class(config.trainer.kind)
-    offered = {"num_samples": num_samples, "folder": folder}
+    offered = {"num_samples": num_samples, "folder": folder, "data": data}
     wanted = {name: value for name, value in offered.items() if name in inspect.signature(kind).parameters}
     return kind(model, loss, config, token_bytes, **wanted)

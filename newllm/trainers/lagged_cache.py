@@ -50,7 +50,7 @@ class LaggedCache:
         if path is None:
             self.states = torch.zeros(self.shape, dtype=self.dtype)
         else:
-            self.states = _map_file(path, self.shape, dtype)
+            self.states = map_file(path, self.shape, dtype)
 
     @property
     def nbytes(self) -> int:
@@ -135,8 +135,12 @@ def _description(path: Path) -> object:
         return text
 
 
-def _map_file(path: Path, shape: tuple[int, int, int], dtype: str) -> Tensor:
-    """Memory-map the file, made with zeros where there is none; its description lies beside it."""
+def map_file(path: Path, shape: tuple[int, int, int], dtype: str) -> Tensor:
+    """Memory-map a file, made with zeros where there is none; its description lies beside it.
+
+    Raises:
+        ValueError: the file is of another shape or dtype.
+    """
     described = {"shape": list(shape), "dtype": dtype}
     beside = path.with_suffix(".json")
     if path.exists() and beside.exists():

@@ -1,0 +1,70 @@
+"""The contexts of every position of a stream, in RAM or in a memory-mapped file.
+
+N: positions. W: values kept of a position.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from newllm.trainers.lagged_cache import map_file
+
+SHARE_OF_FREE = 0.9
+
+
+class ContextCache:
+    """Contexts [N, W] in fp32, read and written by position.
+
+    Args:
+        num_positions: N.
+        width: W.
+        path: file to keep them in; None keeps them in RAM.
+    Raises:
+        ValueError: they do not fit, or the file is of another configuration.
+    """
+
+    def __init__(self, num_positions: int, width: int, *, path: Path | None = None) -> None:
+        check_room(num_positions, width, path)
+        shape = (num_positions, 1, width)
+        kept = torch.zeros(shape) if path is None else map_file(path, shape, "fp32")
+        self.contexts = kept.view(num_positions, width)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all contexts."""
+        return self.contexts.numel() * self.contexts.element_size()
+
+    def read(self, positions_1N: Tensor, *, like: Tensor) -> Tensor:
+        """Return the contexts of positions [1, n, W], of the device and dtype of another tensor."""
+        return self.contexts[positions_1N.cpu()].to(like.device, like.dtype)
+
+    def write(self, positions_1N: Tensor, contexts_1NW: Tensor) -> None:
+        """Keep contexts; one that is not finite leaves what was there."""
+        contexts, positions = contexts_1NW.detach().float().cpu()[0], positions_1N.cpu()[0]
+        is_finite = contexts.isfinite().all(dim=-1)
+        self.contexts[positions[is_finite]] = contexts[is_finite]
+
+
+def check_room(num_positions: int, width: int, path: Path | None, *, what: str = "contexts") -> None:
+    """Raise unless the contexts of a stream fit where they are to be kept.
+
+    Raises:
+        ValueError: they do not; the message gives both figures.
+    """
+    needed = num_positions * width * 4
+    if path is None:
+        free, place, other = psutil.virtual_memory().available, "of free memory", "trainer.cache=disk or "
+    else:
+        existing = next(parent for parent in [path, *path.parents] if parent.exists())
+        free, place, other = shutil.disk_usage(existing).free, f"free on the disk of {path.parent}", ""
+    if needed > SHARE_OF_FREE * free:
+        raise ValueError(
+            f"trainer.cache: {what} of {num_positions:,} positions x {width} values x 4 bytes need {needed / 2**30:.2f} GiB, there "
+            f"are {free / 2**30:.2f} GiB {place}. Allowed: at most {SHARE_OF_FREE:.0%} of it. "
+            f"Choose {other}a smaller data.max_train_blocks."
+        )

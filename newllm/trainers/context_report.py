@@ -1,0 +1,132 @@
+"""What an iteration over a stream's contexts is recorded by, and what the contexts are like when they have been swept clean.
+
+n: positions of a slice. C: context size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from newllm.data.positions import Positions
+from newllm.evaluation.context_statistics import effective_rank, rank_report
+from newllm.losses.diversity import DiversityLoss
+from newllm.losses.fixed_point import movement
+from newllm.models.context import ContextLM
+from newllm.recurrence import sweep
+from newllm.trainers.context_cache import ContextCache
+from newllm.trainers.context_stream import context_map, settle, slices
+
+# Of log10 of a context's mean squared change: finer than one would look.
+EXPONENTS = (-12.0, 2.0)
+BINS = 140
+
+
+@dataclass
+class IterationSums:
+    """Sums over the slices of one sweep over a stream."""
+
+    positions: int = 0
+    converged: int = 0
+    movement: float = 0.0
+    diversity: float = 0.0  # times positions
+    norm: float = 0.0
+    norm_square: float = 0.0
+    norm_max: float = 0.0
+    exponents: Tensor = field(default_factory=lambda: torch.zeros(BINS))
+
+    @torch.no_grad()
+    def add(self, new: Tensor, moved: Tensor, diversity: Tensor, *, threshold: float) -> None:
+        """Add a slice: its contexts [1, n, C], how far each moved [1, n] (mean squared), and their diversity loss."""
+        count, norms = moved.numel(), torch.linalg.vector_norm(new, dim=-1).double()
+        logarithms = moved.double().clamp_min(10 ** EXPONENTS[0]).log10()
+        self.exponents += torch.histc(logarithms.float().cpu(), BINS, *EXPONENTS)
+        sums = torch.stack([(moved < threshold).sum().double(), moved.double().sum(), norms.sum(), norms.square().sum()])
+        converged, change, norm, square = sums.tolist()
+        self.positions += count
+        self.converged += round(converged)
+        self.movement += change
+        self.diversity += diversity.item() * count
+        self.norm += norm
+        self.norm_square += square
+        self.norm_max = max(self.norm_max, norms.max().item())
+
+    def metrics(self) -> dict[str, float]:
+        """Return share of converged contexts, both losses (diversity: mean over slices), and the contexts' L2 norms."""
+        mean = self.norm / self.positions
+        return {
+            "context/converged_share": self.converged / self.positions,
+            "context/fixed_point_loss": self.movement / self.positions,
+            "context/diversity_loss": self.diversity / self.positions,
+            "context/norm_mean": mean,
+            "context/norm_std": math.sqrt(max(self.norm_square / self.positions - mean**2, 0.0)),
+            "context/norm_max": self.norm_max,
+        }
+
+    def histogram(self) -> Tensor:
+        """Return about a thousand values of log10 of the mean squared change, spread as those of all contexts are."""
+        low, high = EXPONENTS
+        centres = low + (torch.arange(BINS) + 0.5) * (high - low) / BINS
+        return centres.repeat_interleave((1000 * self.exponents / max(self.positions, 1)).round().long())
+
+
+def share(count: int, total: int) -> str:
+    """Return a share with its numbers: `12.5% (1/8)`."""
+    return f"{count / total:.1%} ({count}/{total})"
+
+
+def rank_share(cache: ContextCache, rows: Tensor) -> float:
+    """Return the effective rank of some contexts, uncentred, over their width."""
+    contexts = cache.contexts[rows]
+    return effective_rank(contexts) / contexts.shape[1]
+
+
+@torch.no_grad()
+def clean_report(
+    model: ContextLM,
+    positions: Positions,
+    cache: ContextCache,
+    loss: DiversityLoss,
+    rows: Tensor,
+    *,
+    slice_tokens: int,
+    threshold: float,
+    tolerance: float,
+) -> dict[str, Any]:
+    """Sweep a stream's contexts clean, in place, and return what they are like.
+
+    Args:
+        model: gives the context block, as trained.
+        positions: of the stream.
+        cache: contexts as training left them.
+        loss: diversity.
+        rows: positions whose contexts the effective rank is taken of.
+        slice_tokens: n.
+        threshold: mean squared change below which a context counts as converged.
+        tolerance: relative change at which the sweeps stop.
+    Returns:
+        `converged_share` and `fixed_point_loss` of one clean sweep from the contexts as training left them; `effective_rank` (over
+        C, uncentred and centred), `diversity_loss`, `sweeps` and `exact_positions` (see `Settling`) of the contexts swept clean.
+    """
+    like, first = next(model.parameters()), IterationSums()
+    before = like.new_zeros(1, model.context_dim)
+    for batch in slices(positions, slice_tokens, device=like.device):
+        old = cache.read(batch["position"], like=like)
+        new = sweep(context_map(model, batch), old, before)
+        first.add(new, movement(new, old), loss(new[0]), threshold=threshold)
+        before = old[:, -1]
+    settling = settle(model, positions, cache, slice_tokens=slice_tokens, tolerance=tolerance)
+    spread = 0.0
+    for batch in slices(positions, slice_tokens, device=like.device):
+        spread += loss(cache.read(batch["position"], like=like)[0]).item() * batch["position"].numel()
+    return {
+        "converged_share": share(first.converged, first.positions),
+        "fixed_point_loss": first.movement / first.positions,
+        "diversity_loss": spread / len(positions),
+        "effective_rank": rank_report(cache.contexts[rows]),
+        **asdict(settling),
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 import warnings
@@ -16,9 +15,11 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging
 
+from newllm import ranks
 from newllm.callbacks.checkpoints import Checkpoints
 from newllm.callbacks.csv_table import CsvTable
 from newllm.callbacks.logger import Logger
+from newllm.callbacks.eager_validation import EagerValidation
 from newllm.callbacks.probe import Probe
 from newllm.callbacks.progress import Progress
 from newllm.callbacks.samples import Samples
@@ -38,7 +39,9 @@ from newllm.evaluation.suite import run_suite
 from newllm.generation import sample_texts
 from newllm.guards.monitor import Monitor
 from newllm.guards.preflight import run_preflight
-from newllm.guards.verdict import Verdict, require_passed, switched_off
+from newllm.guards.verdict import GuardFailure, Verdict, require_passed, switched_off
+from newllm.hardware import check_devices, compile_layers, set_threads, trainer_flags, warn_of_loss
+from newllm.launch import agreed, joined
 from newllm.load import checkpoint_path, load_run, read_checkpoint
 from newllm.models.base import LanguageModel, count_parameters
 from newllm.models.create import build_model, load_published
@@ -88,19 +91,38 @@ def run_training(config: TrainConfig, folder: Path, overrides: list[str]) -> flo
     """
     _quieten()
     config = real_config(config)
-    if config.runtime.num_threads is not None:
-        torch.set_num_threads(config.runtime.num_threads)
+    set_threads(config.runtime)
     with ExitStack() as held:
         try:
             if config.check:
                 print(describe_cost(config))
                 return None
-            prepared = _prepare(config, folder)
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # the other ranks of a run share its folder
-                held.enter_context(only_writer(folder))
+            check_devices(config.runtime)
+            folder = held.enter_context(joined(config, folder, overrides))
+            prepared = agreed(lambda: _prepare_alone(config, folder, held))
         except (ValueError, TypeError) as error:
             refuse([str(error)])
+        if ranks.rank() > 0:
+            return _followed(prepared)
+        warn_of_loss(config.runtime)
         return _recorded(prepared, overrides)
+
+
+def _prepare_alone(config: TrainConfig, folder: Path, held: ExitStack) -> Prepared:
+    """Build everything, and keep other runs out of the folder; the other ranks of this one share it."""
+    prepared = _prepare(config, folder)
+    if ranks.rank() == 0:
+        held.enter_context(only_writer(folder))
+    return prepared
+
+
+def _followed(prepared: Prepared) -> None:
+    """Train as one of the ranks that leave no record; rank 0 tells what comes of it."""
+    try:
+        require_passed(_preflight(prepared))
+        _fit(prepared, _session(prepared))
+    except GuardFailure:
+        raise SystemExit(1) from None
 
 
 def _recorded(prepared: Prepared, overrides: list[str]) -> float | None:
@@ -133,8 +155,6 @@ def _quieten() -> None:
 
 def _prepare(config: TrainConfig, folder: Path) -> Prepared:
     """Build everything, or say what cannot be; nothing is written but the cache of tokenised texts."""
-    if config.runtime.accelerator == "gpu" and not torch.cuda.is_available():
-        raise ValueError("runtime.accelerator=gpu: torch finds no CUDA device. Allowed here: cpu. Choose runtime=cpu.")
     checkpoint = None if config.resume is None else checkpoint_path(folder, "last")
     if checkpoint is not None:
         read_checkpoint(checkpoint)
@@ -154,6 +174,8 @@ def _prepare(config: TrainConfig, folder: Path) -> Prepared:
     module = build_training_module(
         model, config, data.token_bytes, num_samples=data.num_train_samples, folder=folder, data=data
     )
+    if config.runtime.compile:
+        compile_layers(model)
     return Prepared(config, folder, data, model, module, checkpoint)
 
 
@@ -280,6 +302,7 @@ def _callbacks(prepared: Prepared, session: Session) -> list[Callback]:
         session.monitor,
         Progress(every_seconds=options.progress_every_seconds, stream=sys.stderr),
         ValidateAtEnd(),
+        EagerValidation() if config.runtime.compile else None,
         session.stop,
         session.stop_at,
     ]
@@ -314,11 +337,7 @@ def _fit(prepared: Prepared, session: Session) -> None:
     config, module = prepared.config, prepared.module
     trainer = lightning.Trainer(
         default_root_dir=prepared.folder,
-        accelerator=config.runtime.accelerator,
-        devices=config.runtime.devices,
-        strategy=config.runtime.strategy,
-        precision=config.runtime.precision,
-        deterministic=config.runtime.deterministic,
+        **trainer_flags(config.runtime),
         max_steps=module.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=module.accumulate_batches,

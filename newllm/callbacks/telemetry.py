@@ -61,6 +61,7 @@ class Telemetry(Callback):
         self.train_flops_per_token = train_flops_per_token
         self.precision = precision
         self.tokens = 0
+        self._uncounted = 0  # of this rank, not in `tokens` yet
         self.last: dict[str, float] = {}
         self._meter = SpeedMeter(None)
         self._peak: float | None = None
@@ -104,12 +105,14 @@ class Telemetry(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, tokens = trainer.global_step, batch["input_ids"].numel() * trainer.world_size
-        self.tokens += tokens
+        step, tokens = trainer.global_step, batch["input_ids"].numel()
+        self._uncounted += tokens
         is_due = has_stepped(trainer) and (step % self.log_every_steps == 0 or step == trainer.max_steps)
         if is_due and pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)  # otherwise the clock shows how fast work is queued
-        self._meter.end_step(tokens)
+        self._meter.end_step(tokens * trainer.world_size)
+        if is_due or trainer.world_size == 1:
+            self._count(trainer)
         if is_due:
             self._line = {"step": step, "tokens": self.tokens, "optim/lr": self._lr, **self._speeds(trainer)}
             grad_norm = getattr(pl_module, "last_grad_norm", None)
@@ -118,6 +121,7 @@ class Telemetry(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_training_validation(trainer):
+            self._count(trainer)
             self._line = {"step": trainer.global_step, "tokens": self.tokens, **self._line}
             self._gather(trainer)
 
@@ -131,6 +135,7 @@ class Telemetry(Callback):
         self.on_train_end(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._count(trainer)
         if self._line:
             self._gather(trainer)
         checkpoint["telemetry"] = {"tokens": self.tokens, "line": _read(self._line)}
@@ -145,6 +150,13 @@ class Telemetry(Callback):
         line = {**lines[-1], **values} if lines else {"step": 0, "tokens": self.tokens, **values}
         keep_metrics(self.folder, up_to_step=int(line["step"]) - 1)
         self._put(line, values)
+
+    def _count(self, trainer: Trainer) -> None:
+        """Add the tokens of all ranks, which need not have rows alike; they ask each other at the same steps."""
+        own, self._uncounted = self._uncounted, 0
+        if trainer.world_size > 1:
+            own = int(trainer.strategy.reduce(torch.tensor(own, device=trainer.strategy.root_device), reduce_op="sum"))
+        self.tokens += own
 
     def _speeds(self, trainer: Trainer) -> dict[str, float]:
         speeds = self._meter.read()

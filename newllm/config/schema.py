@@ -78,12 +78,14 @@ class TrainerConfig(GroupConfig):
         needs_feedback: the procedure trains a recurrence and refuses a model without one.
         allows_feedback: the procedure can train a model with a recurrence.
         reads_in_lanes: texts come in order, one per row of a batch, and the state goes on from batch to batch.
+        shares_batches: several processes may share its batches and come to what one would.
         losses: kinds of loss it can minimise.
     """
 
     needs_feedback: ClassVar[bool] = False
     allows_feedback: ClassVar[bool] = True
     reads_in_lanes: ClassVar[bool] = False
+    shares_batches: ClassVar[bool] = False
     losses: ClassVar[tuple[str, ...]] = ("next_token",)
 
     kind: str
@@ -187,12 +189,42 @@ class RuntimeConfig(GroupConfig):
     """The machine: flags of the Lightning Trainer."""
 
     accelerator: Literal["cpu", "gpu"]
-    devices: Count  # processes, one device each
+    devices: Count  # processes on a machine, one device each; they share data.batch_size
     strategy: Literal["auto", "ddp", "fsdp"]
     precision: Literal["32-true", "64-true", "bf16-mixed", "16-mixed"]
     compile: bool  # torch.compile
     num_threads: Annotated[int | None, Range(minimum=1)]  # CPU threads of torch; null leaves torch's choice
     deterministic: bool  # refuse operations whose result varies between runs
+
+    def check(self, config: "TrainConfig") -> list[str]:
+        """Return what the machine's flags do not allow each other, or the procedure."""
+        problems = []
+        if self.accelerator == "cpu" and self.strategy == "fsdp":
+            problems.append(
+                "runtime.strategy=fsdp: shards over GPUs, runtime.accelerator=cpu has none. Allowed on a CPU: auto, ddp. "
+                "Choose runtime=ddp_cpu, or runtime=fsdp on a machine with GPUs."
+            )
+        if self.accelerator == "cpu" and self.precision == "16-mixed":
+            problems.append(
+                "runtime.precision=16-mixed: is for GPUs, runtime.accelerator=cpu has none. Allowed on a CPU: 32-true, 64-true, "
+                "bf16-mixed. Choose runtime.precision=32-true."
+            )
+        if self.compile and self.strategy == "fsdp":
+            problems.append(
+                "runtime.compile=true: sharded layers are not compiled. Allowed with runtime.strategy=fsdp: false. "
+                "Choose runtime.compile=false or runtime.strategy=ddp."
+            )
+        if self.devices > 1 and not config.trainer.shares_batches:
+            problems.append(
+                f"runtime.devices={self.devices}: trainer={config.trainer.kind} runs in one process. Allowed with it: 1. "
+                "Choose runtime=cpu or runtime=gpu."
+            )
+        if self.devices > config.data.batch_size:
+            problems.append(
+                f"data.batch_size={config.data.batch_size}: cannot be shared out among runtime.devices={self.devices}. "
+                f"Allowed: {self.devices} or more. Raise data.batch_size, which counts the rows of all devices together."
+            )
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,28 +112,55 @@ def plan_lanes(
 class LaneBatches(EpochBatches):
     """Batches of one block per lane, epoch after epoch; each block once in each epoch.
 
-    With several ranks each owns lanes of its own; the blocks that would make ranks unequal are left out.
+    Several ranks share the lanes that one process would read: lane i is rank i % world_size's. The last batches of an epoch,
+    with fewer rows than ranks, are left out. A rank without a held-out lane reads the first again.
 
     Args:
         samples: the blocks.
-        num_lanes: rows of a batch, at most.
+        num_lanes: rows of a batch of all ranks together, at most.
         seed: of the order; unused without shuffle.
         shuffle: a new order of the texts in each epoch; blocks of a text always follow each other.
+        rank: which of the ranks asks.
+        world_size: ranks that share the lanes.
+        is_held_out: every block counts, and one rank may read longer than another.
     """
 
     def __init__(
-        self, samples: TextBlocks, num_lanes: int, *, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1
+        self,
+        samples: TextBlocks,
+        num_lanes: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        is_held_out: bool = False,
     ) -> None:
-        super().__init__(len(samples), num_lanes, seed=seed, shuffle=shuffle, rank=rank, world_size=world_size)
-        self.samples, self.world_size = samples, world_size
-        lanes = plan_lanes(samples.blocks_per_text, num_lanes * world_size)
-        if len(lanes) < world_size:
+        super().__init__(
+            len(samples),
+            num_lanes,
+            seed=seed,
+            shuffle=shuffle,
+            rank=rank,
+            world_size=world_size,
+            is_held_out=is_held_out,
+        )
+        self.samples = samples
+        # The lengths of the lanes are the same in every epoch, the longest first.
+        lanes = plan_lanes(samples.blocks_per_text, num_lanes)
+        if len(lanes) < world_size and not is_held_out:
             raise ValueError(
-                f"runtime.devices={world_size}: are more than the {len(lanes)} texts, which are read whole on one device each. "
-                f"Allowed: at most {len(lanes)}. Use fewer devices or give more texts."
+                f"runtime.devices={world_size}: are more than the {len(lanes)} lanes of texts, of which each device reads some. "
+                f"Allowed: at most {len(lanes)}. Use fewer devices, raise data.batch_size or give more texts."
             )
-        # The lengths of the lanes are the same in every epoch; this one is the longest of the rank with the least.
-        self.num_batches = int(samples.blocks_per_text[lanes[world_size - 1]].sum())
+        lengths = [int(samples.blocks_per_text[lane].sum()) for lane in lanes]
+        self.longest = lengths[0]
+        own = rank if rank < len(lanes) else 0
+        self.num_batches = lengths[own] if is_held_out else lengths[world_size - 1]
+
+    @property
+    def batches_in_epoch(self) -> int:
+        return self.longest
 
     def __len__(self) -> int:
         return self.num_batches
@@ -143,7 +170,8 @@ class LaneBatches(EpochBatches):
         # All ranks draw the same lanes and take theirs.
         generator = np.random.default_rng((self.seed, epoch)) if self.shuffle else None
         sizes, first = self.samples.blocks_per_text, self.samples.first_block
-        lanes = plan_lanes(sizes, self.batch_size * self.world_size, generator)[self.rank :: self.world_size]
+        lanes = plan_lanes(sizes, self.batch_size, generator)
+        lanes = lanes[self.rank :: self.world_size] or lanes[:1]
         blocks = np.full((self.num_batches, len(lanes)), NO_BLOCK)
         for lane, texts in enumerate(lanes):
             own = np.concatenate([first[text] + np.arange(sizes[text]) for text in texts])[: self.num_batches]

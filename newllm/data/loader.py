@@ -21,42 +21,65 @@ from newllm.data.prepared import Batch, Samples
 class EpochBatches:
     """Batches of sample ids, epoch after epoch; each sample once in each epoch, the last batch may be smaller.
 
-    With several ranks each owns the samples `rank, rank + world_size, ...` for good, so that what is kept for a sample
-    stays on one device; the few samples that would make ranks unequal are left out.
+    Several ranks share the batches that one process would read: of each batch a rank takes the rows `rank, rank + world_size,
+    ...`. A last batch with fewer rows than ranks is left out. Held-out batches are shared whole, one rank after another takes
+    the next, so that each gives the digits that one process gives; a rank for which there is none reads one again.
 
     Args:
         num_samples: samples of all ranks together.
-        batch_size: samples of a batch.
+        batch_size: samples of a batch of all ranks together.
         seed: of the order; unused without shuffle.
         shuffle: a new order in each epoch.
+        rank: which of the ranks asks.
+        world_size: ranks that share the batches.
+        is_held_out: every sample counts, and there may be more batches for one rank than for another.
     """
 
     def __init__(
-        self, num_samples: int, batch_size: int, *, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        seed: int,
+        shuffle: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        is_held_out: bool = False,
     ) -> None:
-        self.own_samples = np.arange(rank, num_samples - num_samples % world_size, world_size)
+        self.num_samples = num_samples
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
-        self.rank = rank
+        self.rank, self.world_size = rank, world_size
+        self.is_held_out = is_held_out
         self.epoch = 0  # the epoch in which the next iterator begins
         self.batches_done = 0  # batches of that epoch it leaves out
 
+    @property
+    def batches_in_epoch(self) -> int:
+        """Batches that one process would read: the same for any number of ranks."""
+        return -(-self.num_samples // self.batch_size)
+
     def __len__(self) -> int:
-        return -(-len(self.own_samples) // self.batch_size)
+        if self.is_held_out:
+            return max(1, len(range(self.rank, self.batches_in_epoch, self.world_size)))
+        is_left_out = 0 < self.num_samples % self.batch_size < self.world_size
+        return self.batches_in_epoch - is_left_out
 
     def __iter__(self) -> "EpochIterator":
         return EpochIterator(self)
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the sample ids of an epoch in their order."""
-        if not self.shuffle:
-            return self.own_samples
-        return np.random.default_rng((self.seed, epoch, self.rank)).permutation(self.own_samples)
+        samples = np.arange(self.num_samples)
+        return np.random.default_rng((self.seed, epoch, 0)).permutation(samples) if self.shuffle else samples
 
     def pick(self, order: np.ndarray, number: int) -> np.ndarray:
-        """Return the sample ids of a batch of an epoch with that order."""
-        return order[number * self.batch_size : (number + 1) * self.batch_size]
+        """Return the sample ids of this rank's part of a batch of an epoch with that order."""
+        if self.is_held_out:
+            number = (number * self.world_size + self.rank) % self.batches_in_epoch
+        batch = order[number * self.batch_size : (number + 1) * self.batch_size]
+        return batch if self.is_held_out else batch[self.rank :: self.world_size]
 
 
 class EpochIterator(Iterator[list[int]]):
@@ -105,7 +128,7 @@ class PositionLoader(StatefulDataLoader):
         """Return epoch, batches done in it, and batches in an epoch."""
         state = super().state_dict()
         main = state["_snapshot"]["_main_snapshot"] if "_snapshot" in state else state
-        return {**main["_sampler_iter_state"], "num_batches": len(self.batch_sampler)}
+        return {**main["_sampler_iter_state"], "num_batches": self.batch_sampler.batches_in_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after the batch at which the state was taken.
@@ -113,13 +136,13 @@ class PositionLoader(StatefulDataLoader):
         Raises:
             ValueError: the state comes from another number of batches.
         """
-        num_batches = len(self.batch_sampler)
+        num_batches = self.batch_sampler.batches_in_epoch
         if state_dict["num_batches"] != num_batches:
             raise ValueError(
                 f"resume: the data position counts {state_dict['num_batches']} batches in an epoch, this run has "
                 f"{num_batches}. Allowed: the same data and batch size. Resume with the run's own configuration."
             )
-        is_finished = state_dict["batches_done"] >= num_batches
+        is_finished = state_dict["batches_done"] >= len(self.batch_sampler)
         self.batch_sampler.epoch = state_dict["epoch"] + is_finished
         self.batch_sampler.batches_done = 0 if is_finished else state_dict["batches_done"]
         super().load_state_dict({})

@@ -180,9 +180,9 @@ class TextDataModule(LightningDataModule):
     def _loader(
         self, samples: Samples, batch_size: int, *, num_workers: int, seed: int, shuffle: bool
     ) -> PositionLoader:
-        ranks = (
-            {} if self.trainer is None else {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-        )
+        ranks: dict[str, Any] = {"is_held_out": samples is not self.prepared.train}
+        if self.trainer is not None:
+            ranks |= {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
         batches: EpochBatches
         if self.in_lanes:
             assert isinstance(samples, TextBlocks), "in_lanes has cut the texts"

@@ -9,11 +9,14 @@ import lightning
 import torch
 from torch import Tensor, nn
 
+from newllm import ranks
 from newllm.config.schema import TrainConfig
 from newllm.evaluation.scoring import Mode, Score, score_batch
+from newllm.losses.next_token import NO_TARGET
 from newllm.models.base import LanguageModel
 from newllm.state import State
 from newllm.trainers.optimization import build_optimizer, learning_rate_factor
+from newllm.trainers.validation_sums import BatchSums
 
 Batch = dict[str, Tensor]
 
@@ -30,6 +33,17 @@ def context_norms(model: LanguageModel, states: Tensor) -> dict[str, Tensor]:
         return {}
     norms = torch.linalg.vector_norm(states[..., :width], dim=-1)
     return {"context/norm_mean": norms.mean(), "context/norm_std": norms.std(), "context/norm_max": norms.max()}
+
+
+def _share(loss: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss so weighed that its mean over the ranks is the mean over all their targets, and so are its gradients.
+
+    Ranks may hold different numbers of rows and targets; with one rank the loss is as it was.
+    """
+    if ranks.world_size() == 1:
+        return loss
+    own = (labels != NO_TARGET).sum()
+    return loss * (own * ranks.world_size() / ranks.summed(own)).to(loss.dtype)
 
 
 class TrainingModule(lightning.LightningModule):
@@ -59,7 +73,7 @@ class TrainingModule(lightning.LightningModule):
         self.model, self.loss, self.config = model, loss, config
         self.token_bytes = token_bytes
         self.last_grad_norm: Tensor | None = None
-        self.scores: dict[str, Score] = {}
+        self.sums = BatchSums()
         self.step_state: Tensor | State | None = None
         self.stop_reason: str | None = None
         self.histograms: dict[str, Tensor] = {}
@@ -85,7 +99,9 @@ class TrainingModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         states = self.states(batch)
         loss = self.loss(self.model, states, batch["labels"])
-        measured = {"train/loss": loss.detach(), **context_norms(self.model, states.detach())}
+        loss = _share(loss, batch["labels"])
+        mean = ranks.summed(loss) / ranks.world_size()
+        measured = {"train/loss": mean, **context_norms(self.model, states.detach())}
         self.log_dict(measured, batch_size=batch["input_ids"].shape[0])
         return loss
 
@@ -100,20 +116,22 @@ class TrainingModule(lightning.LightningModule):
         return measured
 
     def on_validation_epoch_start(self) -> None:
-        self.scores = {}
+        self.sums = BatchSums()
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         for mode in self.validation_modes():
             score = score_batch(self.model, batch, self.token_bytes, mode=mode)
-            self.scores[mode] = self.scores[mode] + score if mode in self.scores else score
+            self.sums.add(batch, batch_index, {mode: score})
 
     def validation_modes(self) -> list[Mode]:
         """Return what validation scores: the deployed function, and what stands beside it."""
         return ["exact", "lagged", "no_feedback"] if self.model.has_feedback else ["exact"]
 
     def on_validation_epoch_end(self) -> None:
-        found = {f"val/{name}": value for name, value in self.scores["exact"].metrics().items()}
-        found |= {f"val/loss_{mode}": score.metrics()["loss"] for mode, score in self.scores.items() if mode != "exact"}
+        sums = self.sums.total()
+        scores = {name: value for name, value in sums.items() if isinstance(value, Score)}
+        found = {f"val/{name}": value for name, value in scores["exact"].metrics().items()}
+        found |= {f"val/loss_{mode}": score.metrics()["loss"] for mode, score in scores.items() if mode != "exact"}
         # float64: evaluate.py gives the same numbers to the last digit.
         self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()})
 
@@ -126,6 +144,10 @@ class TrainingModule(lightning.LightningModule):
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         limit = self.config.trainer.gradient_clip_norm
+        sharded = getattr(self.trainer.strategy.model, "clip_grad_norm_", None)
+        if sharded is not None:  # FSDP: a rank holds a part of each gradient
+            self.last_grad_norm = sharded(float("inf") if limit is None else limit)
+            return
         gradients = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         # An infinite limit measures the norm and leaves the gradients alone.
         self.last_grad_norm = nn.utils.clip_grad_norm_(gradients, float("inf") if limit is None else limit)

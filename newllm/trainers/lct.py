@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from newllm import ranks
 from newllm.config.fields import Count, Range
 from newllm.config.schema import TrainConfig, TrainerConfig
 from newllm.models.base import LanguageModel
@@ -17,6 +18,7 @@ from newllm.recurrence import solve
 from newllm.trainers.base import Batch, TrainingModule
 from newllm.trainers.lag import gradient_cosine, lag_statistics, sweep_map
 from newllm.trainers.lagged_cache import LaggedCache
+from newllm.trainers.sharded_cache import ShardedCache
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class LctConfig(TrainerConfig):
         cache_checkpoint_limit: bytes up to which a checkpoint carries the cache; above it a resumed run rebuilds it by sweeps.
     """
 
+    shares_batches: ClassVar[bool] = True
     needs_feedback: ClassVar[bool] = True
 
     sweeps: Count | Literal["auto"]
@@ -75,9 +78,10 @@ class LctModule(TrainingModule):
         self.options: LctConfig = config.trainer  # type: ignore[assignment]  # the schema of trainer=lct
         self.sweeps = 1 if self.options.sweeps == "auto" else self.options.sweeps
         self._auto_batch: Batch | None = None
-        self.cache: LaggedCache | None = None
+        self.cache: LaggedCache | ShardedCache | None = None
         if self.options.cache != "none":
-            self.cache = LaggedCache(
+            kind = LaggedCache if ranks.world_size() == 1 else ShardedCache
+            self.cache = kind(
                 num_samples,
                 config.data.block_length,
                 model.dim,
@@ -102,7 +106,8 @@ class LctModule(TrainingModule):
         if self.cache is None:
             return self._first_states(input_ids, zeros)
         is_new = ~self.cache.is_visited(sample_ids)
-        if is_new.all():
+        # Fetching takes all ranks: one whose rows are all new takes part.
+        if is_new.all() and ranks.world_size() == 1:
             return self._first_states(input_ids, zeros)
         states = self.cache.gather(sample_ids, device=like.device, dtype=like.dtype)
         if is_new.any():
@@ -149,6 +154,7 @@ class LctModule(TrainingModule):
         lagged = self.lagged_states(probe)
         while self.sweeps < AUTO_REFERENCE_SWEEPS:
             cosine = self._cosine(probe, lagged, self.sweeps, reference=AUTO_REFERENCE_SWEEPS)
+            cosine = sum(ranks.said_by_all(cosine)) / ranks.world_size()  # all ranks make the same sweeps
             if cosine >= AUTO_COSINE:
                 return
             self.sweeps += 1

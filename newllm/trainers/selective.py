@@ -20,6 +20,7 @@ from newllm.trainers.base import Batch, TrainingModule
 class SelectiveConfig(TrainerConfig):
     """Back-propagation through all steps of all tokens, one parallel pass per step."""
 
+    shares_batches: ClassVar[bool] = True
     allows_feedback: ClassVar[bool] = False
     losses: ClassVar[tuple[str, ...]] = ("fixed_skip", "halting")
 
@@ -52,19 +53,15 @@ class SelectiveModule(TrainingModule):
     def probe(self, batch: Batch) -> dict[str, float]:
         return super().probe(batch) | self.loss.statistics(self.model, self.states(batch), batch["labels"])
 
-    def on_validation_epoch_start(self) -> None:
-        super().on_validation_epoch_start()
-        self._halting_sums = torch.zeros(4, dtype=torch.float64)
-
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         super().validation_step(batch, batch_index)
         if self.model.halting_gate is not None:
-            self._halting_sums = self._halting_sums + self._halting_sum(batch)
+            self.sums.add(batch, batch_index, {"halting": self._halting_sum(batch)})
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         if self.model.halting_gate is not None:
-            nats, steps, steps_weighted, tokens = self._halting_sums.tolist()
+            nats, steps, steps_weighted, tokens = self.sums.total()["halting"].tolist()
             self.log("val/loss_weighted", nats / tokens)
             self.log("val/mean_steps", steps / tokens)
             self.log("val/mean_steps_weighted", steps_weighted / tokens)

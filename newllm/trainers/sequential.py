@@ -21,6 +21,7 @@ class SequentialConfig(TrainerConfig):
         truncate_steps: positions after which the gradient is cut; null keeps it through the whole block.
     """
 
+    shares_batches: ClassVar[bool] = True
     needs_feedback: ClassVar[bool] = True
 
     truncate_steps: Annotated[int | None, Range(minimum=1)]

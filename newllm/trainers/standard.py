@@ -15,6 +15,7 @@ from newllm.trainers.base import Batch, TrainingModule
 class StandardConfig(TrainerConfig):
     """Back-propagation through one parallel pass, exact for models without feedback."""
 
+    shares_batches: ClassVar[bool] = True
     allows_feedback: ClassVar[bool] = False
 
 

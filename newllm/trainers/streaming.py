@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from newllm import ranks
 from newllm.config.fields import Count
 from newllm.config.schema import Natural, TrainerConfig
 from newllm.evaluation.streaming import StreamReading
-from newllm.state import from_tensors, tensors_of
+from newllm.state import from_tensors, merge_rows, tensors_of
 from newllm.streaming import begin, check_is_written, read_block
 from newllm.trainers.base import Batch, TrainingModule
 
@@ -25,6 +26,7 @@ class StreamingConfig(TrainerConfig):
         context_tokens: tokens of earlier blocks that attention without a window still reaches.
     """
 
+    shares_batches: ClassVar[bool] = True
     reads_in_lanes: ClassVar[bool] = True
 
     detach_every: Count
@@ -117,8 +119,7 @@ class StreamingModule(TrainingModule):
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         assert self._reading is not None, "validation begins with on_validation_epoch_start"
-        for mode, score in self._reading.score(batch, self.token_bytes).items():
-            self.scores[mode] = self.scores[mode] + score if mode in self.scores else score
+        self.sums.add(batch, batch_index, dict(self._reading.score(batch, self.token_bytes)))
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
@@ -126,13 +127,23 @@ class StreamingModule(TrainingModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        tensors = None
-        if self.state is not None:
-            tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors_of(self.state).items()}
-        checkpoint["stream"] = {"rows": 0 if self.state is None else self.state.num_rows, "tensors": tensors}
+        state = None if self.state is None else _of_all_lanes(self.state.detach().to("cpu"))
+        tensors = None if state is None else {name: tensor.clone() for name, tensor in tensors_of(state).items()}
+        checkpoint["stream"] = {"rows": 0 if state is None else state.num_rows, "tensors": tensors}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         saved = checkpoint["stream"]
         if saved["tensors"] is not None:
-            self.state = from_tensors(self.model.initial_state(saved["rows"]), saved["tensors"])
+            state = from_tensors(self.model.initial_state(saved["rows"]), saved["tensors"])
+            own = range(ranks.rank(), saved["rows"], ranks.world_size())
+            self.state = state if ranks.world_size() == 1 else state.select(list(own))
+
+
+def _of_all_lanes(state: Any) -> Any:
+    """Return the state of one process that reads the lanes of all ranks: lane i is read by rank i % world size."""
+    if ranks.world_size() == 1:
+        return state
+    states = ranks.said_by_all(state)
+    num_rows = sum(part.num_rows for part in states)
+    return merge_rows([(range(rank, num_rows, ranks.world_size()), part) for rank, part in enumerate(states)])

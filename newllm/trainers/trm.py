@@ -21,6 +21,7 @@ PROBE_ROWS = 2
 class TrmTrainerConfig(TrainerConfig):
     """Deep supervision."""
 
+    shares_batches: ClassVar[bool] = True
     allows_feedback: ClassVar[bool] = False
     losses: ClassVar[tuple[str, ...]] = ("deep_supervision",)
 

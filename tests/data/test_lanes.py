@@ -108,16 +108,32 @@ def test_resuming_twice_gives_the_batches_of_an_uninterrupted_run(
         assert all(torch.equal(batch[name], same[name]) for name in same)
 
 
-def test_ranks_own_lanes_of_their_own():
+def test_ranks_share_the_lanes_of_one_process():
     blocks = TextBlocks(np.tile(STREAM, 5), block_length=3, eos_id=EOS)
-    ranks = [LaneBatches(blocks, 2, seed=0, shuffle=True, rank=rank, world_size=2) for rank in range(2)]
+    alone = LaneBatches(blocks, 5, seed=0, shuffle=True)
+    ranks = [LaneBatches(blocks, 5, seed=0, shuffle=True, rank=rank, world_size=2) for rank in range(2)]
 
-    owned = [{block for batch in rank for block in batch} for rank in ranks]
+    whole, shares = list(alone), [list(rank) for rank in ranks]
 
-    assert owned[0] & owned[1] == set()
-    assert len(ranks[0]) == len(ranks[1]) == len(list(ranks[0]))
-    with pytest.raises(ValueError, match=r"runtime.devices=40: are more than the 16 texts"):
-        LaneBatches(blocks, 2, seed=0, shuffle=True, rank=0, world_size=40)
+    for number, batch in enumerate(zip(*shares, strict=True)):
+        assert [batch[row % 2][row // 2] for row in range(len(whole[number]))] == whole[number]
+    assert len(ranks[0]) == len(ranks[1]) == len(shares[0])
+    assert all(len(batch) < 2 for batch in whole[len(shares[0]) :])
+    assert ranks[0].batches_in_epoch == alone.batches_in_epoch == len(whole)
+    with pytest.raises(ValueError, match=r"runtime.devices=40: are more than the 16 lanes of texts"):
+        LaneBatches(blocks, 80, seed=0, shuffle=True, rank=0, world_size=40)
+
+
+def test_ranks_leave_out_no_block_of_held_out_lanes():
+    blocks = TextBlocks(np.tile(STREAM, 5), block_length=3, eos_id=EOS)
+    ranks = [
+        LaneBatches(blocks, 3, seed=0, shuffle=False, rank=rank, world_size=4, is_held_out=True) for rank in range(4)
+    ]
+
+    read = [[block for batch in rank for block in batch] for rank in ranks]
+
+    assert sorted(read[0] + read[1] + read[2]) == list(range(len(blocks)))
+    assert read[3] == read[0]
 
 
 def test_facts_count_what_lanes_hold(corpus: Path):

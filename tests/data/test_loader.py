@@ -133,15 +133,41 @@ def test_a_position_in_other_data_is_refused(data: TextDataModule) -> None:
         loader.load_state_dict({"epoch": 0, "batches_done": 1, "num_batches": 9})
 
 
-def test_ranks_share_the_samples_without_overlap() -> None:
-    ranks = [EpochBatches(11, 2, seed=0, shuffle=True, rank=rank, world_size=2) for rank in range(2)]
+def ranks_of(world_size: int, num_samples: int, batch_size: int, **options: bool) -> list[EpochBatches]:
+    return [
+        EpochBatches(num_samples, batch_size, seed=0, rank=rank, world_size=world_size, **options)
+        for rank in range(world_size)
+    ]
 
-    owned = [{sample for batch in rank for sample in batch} for rank in ranks]
-    next_epoch = [set(rank.order(1).tolist()) for rank in ranks]
 
-    assert owned[0] & owned[1] == set()
-    assert [len(own) for own in owned] == [5, 5]
-    assert owned == next_epoch
+@pytest.mark.parametrize(("world_size", "batch_size"), [(2, 4), (3, 4), (3, 3)])
+def test_ranks_share_the_batches_of_one_process(world_size: int, batch_size: int) -> None:
+    [alone] = ranks_of(1, 14, batch_size, shuffle=True)
+    ranks = ranks_of(world_size, 14, batch_size, shuffle=True)
+
+    for _ in range(2):  # epochs
+        whole, shares = list(alone), [list(rank) for rank in ranks]
+        joined = [sorted(sample for share in batch for sample in share) for batch in zip(*shares, strict=True)]
+        assert joined == [sorted(batch) for batch in whole if len(batch) >= world_size]
+        assert all(share for batches in shares for share in batches)
+        assert [len(rank) for rank in ranks] == [len(joined)] * world_size
+
+
+def test_a_position_may_be_continued_by_another_number_of_ranks() -> None:
+    ranks = ranks_of(3, 14, 4, shuffle=True)  # the last batch has two samples: left out
+
+    assert {rank.batches_in_epoch for rank in ranks} == {4}
+    assert {len(rank) for rank in ranks} == {3}
+
+
+def test_held_out_batches_are_shared_whole_and_none_is_left_out() -> None:
+    whole = list(ranks_of(1, 14, 4, shuffle=False)[0])
+
+    shares = [list(rank) for rank in ranks_of(3, 14, 4, shuffle=False, is_held_out=True)]
+    too_many = [list(rank) for rank in ranks_of(6, 14, 4, shuffle=False, is_held_out=True)]
+
+    assert shares == [[whole[0], whole[3]], [whole[1]], [whole[2]]]
+    assert too_many == [[whole[0]], [whole[1]], [whole[2]], [whole[3]], [whole[0]], [whole[1]]]
 
 
 def test_a_program_that_fails_while_loading_ends(tmp_path: Path) -> None:

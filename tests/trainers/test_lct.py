@@ -100,15 +100,15 @@ def test_the_projection_gets_a_gradient_from_the_first_visit_on(tmp_path: Path):
 def test_validation_does_not_read_the_training_cache(tmp_path: Path):
     lct, visited = module(tmp_path), batch(1, 2)
     lct.validation_step(visited, 0)
-    before = lct.scores["exact"]
+    before = lct.sums.total()["exact"]
     lct.cache.states.fill_(1e3)
     lct.cache.visits.fill_(1)
     lct.on_validation_epoch_start()
 
     lct.validation_step(visited, 0)
 
-    assert lct.scores["exact"] == before
-    assert set(lct.scores) == {"exact", "lagged", "no_feedback"}
+    assert lct.sums.total()["exact"] == before
+    assert set(lct.sums.total()) == {"exact", "lagged", "no_feedback"}
 
 
 def test_lag_statistics_measure_the_distance_to_the_exact_states(tmp_path: Path):

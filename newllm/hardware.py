@@ -1,0 +1,106 @@
+"""What the machine can do: refused before any work where it cannot, said where it does not pay, as flags of Lightning's Trainer."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, Strategy
+from torch import nn
+
+from newllm import ranks
+from newllm.config.schema import RuntimeConfig
+from newllm.layers.base import Layer
+
+log = logging.getLogger(__name__)
+
+CPU_FLAGS = Path("/proc/cpuinfo")
+
+
+def check_devices(runtime: RuntimeConfig) -> None:
+    """Check that the devices are there.
+
+    Raises:
+        ValueError: a GPU is asked for where there is none, or more of them than there are.
+    """
+    if runtime.accelerator != "gpu":
+        return
+    if not torch.cuda.is_available():
+        asked = "runtime.strategy=fsdp" if runtime.strategy == "fsdp" else "runtime.accelerator=gpu"
+        raise ValueError(
+            f"{asked}: torch finds no CUDA device. Allowed here: cpu. Choose runtime=cpu or runtime=ddp_cpu."
+        )
+    found = torch.cuda.device_count()
+    if runtime.devices > found:
+        raise ValueError(
+            f"runtime.devices={runtime.devices}: torch finds {found} CUDA devices on this machine. Allowed: 1 to {found}. "
+            "Set runtime.devices, and start the same command on more machines with torchrun or SLURM."
+        )
+
+
+def set_threads(runtime: RuntimeConfig) -> None:
+    """Give torch its CPU threads; processes on one CPU share the cores unless told otherwise."""
+    if runtime.num_threads is not None:
+        torch.set_num_threads(runtime.num_threads)
+    elif runtime.accelerator == "cpu" and runtime.devices > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // runtime.devices))
+
+
+def warn_of_loss(runtime: RuntimeConfig) -> None:
+    """Say which choices of precision and compilation cost more than they give here."""
+    if runtime.accelerator == "cpu":
+        if runtime.precision == "bf16-mixed" and not _has_amx():
+            log.warning(
+                "runtime.precision=bf16-mixed: this CPU has no AMX, where bf16 products are many times slower than fp32. "
+                "runtime.precision=32-true is faster here."
+            )
+        if runtime.compile:
+            log.warning(
+                "runtime.compile=true: compiling takes minutes on a CPU and gains nothing. runtime.compile=false is faster here."
+            )
+        return
+    if runtime.precision == "bf16-mixed" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        log.warning(
+            "runtime.precision=bf16-mixed: %s has no bf16 arithmetic and emulates it. runtime.precision=16-mixed is faster here.",
+            torch.cuda.get_device_name(),
+        )
+    if runtime.precision == "64-true":
+        log.warning("runtime.precision=64-true: GPUs are many times slower in fp64. It is for comparing digits.")
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile every layer by itself: what surrounds them changes from procedure to procedure, their shapes do not."""
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            layer.compile()
+
+
+def trainer_flags(runtime: RuntimeConfig) -> dict[str, Any]:
+    """Return the flags of Lightning's Trainer that say where a run computes; its processes have joined already."""
+    return {
+        "accelerator": runtime.accelerator,
+        "devices": runtime.devices,
+        "num_nodes": ranks.world_size() // runtime.devices if ranks.world_size() > 1 else 1,
+        "strategy": _strategy(runtime),
+        "plugins": [LightningEnvironment()],  # the place of each process is known; SLURM is not asked again
+        "precision": runtime.precision,
+        "deterministic": runtime.deterministic,
+    }
+
+
+def _strategy(runtime: RuntimeConfig) -> Strategy | str:
+    if runtime.strategy == "fsdp":
+        # One unit per layer; embedding and norms stay in the outermost, gathered for the whole step.
+        return FSDPStrategy(auto_wrap_policy={Layer}, state_dict_type="full")
+    if ranks.world_size() == 1:
+        return "auto"
+    # Some procedures leave parameters without gradient in some steps. No buffer differs between ranks.
+    return DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
+
+
+def _has_amx() -> bool:
+    return CPU_FLAGS.exists() and "amx_bf16" in CPU_FLAGS.read_text()

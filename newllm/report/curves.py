@@ -128,10 +128,13 @@ def _draw_small(axes: Axes, panel: Panel, lines: Sequence[Metrics]) -> None:
         if steps:
             marker = "o" if len(values) <= 30 else ""
             axes.plot(steps, values, color=colour, linewidth=1.4, marker=marker, markersize=2.5, label=label)
+    drawn = axes.get_legend_handles_labels()[1]
     if panel.is_log and all(value > 0 for name in panel.names for value in points(lines, name)[1]):
         axes.set_yscale("log")
     else:
         low, high = axes.get_ylim()
-        axes.set_ylim(min(0.0, low), high + 0.05 * abs(high))
-    if len(panel.names) > 1:
-        axes.legend()
+        low, high = min(0.0, low), high + 0.05 * abs(high)
+        # The legend stands above the curves, in a third of the height that they leave to it.
+        axes.set_ylim(low, high + (0.5 * (high - low) if len(drawn) > 1 else 0.0))
+    if len(drawn) > 1:
+        axes.legend(loc="upper left", ncols=2, borderaxespad=0.1, columnspacing=1.2, handlelength=1.2, labelspacing=0.2)

@@ -56,3 +56,19 @@ def test_drawing_imports_no_torch(tmp_path: Path) -> None:
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert answer.stdout == "False False\n"
+
+
+def test_no_legend_lies_over_its_curves() -> None:
+    """The worst case of a panel from 0 to 1: curves at its top and at its bottom, over all of its width."""
+    names = [name for panel in PANELS for name in panel.names]
+    lines = [{"step": step, **{name: float(place % 2) for place, name in enumerate(names)}} for step in range(1, 40)]
+
+    figure = _figure(lines)
+    figure.canvas.draw()
+
+    crowded = [axes for axes in figure.axes[1:] if axes.get_legend() is not None]
+    assert len(crowded) == 2
+    for axes in crowded:
+        box = axes.get_legend().get_window_extent()
+        places = [place for line in axes.lines for place in axes.transData.transform(line.get_xydata())]
+        assert not any(box.contains(*place) for place in places), axes.get_title(loc="left")

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 MARKS := $(if $(or $(CI),$(SLOW)),not gpu and not timing,not slow and not gpu and not timing)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench bench-setup clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -34,5 +34,8 @@ lint: setup ## check format, lint, spelling and types
 bench: setup ## measure speed side by side, write bench/results and docs/benchmarks.md
 	$(BIN)/python -m bench
 
+bench-setup: ## install the peers that bench compares with into bench/.venv-peers
+	$(PYTHON) -m bench.setup_peers
+
 clean: ## remove runs, caches and the environment
-	rm -rf outputs .cache $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf outputs .cache $(VENV) bench/.venv-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,15 +1,29 @@
-"""`python -m bench [name ...]`: run the named measurements, all without a name, and tell them in docs/benchmarks.md."""
+"""`python -m bench [--quick] [name ...]`: run the named measurements, all without a name, and tell them in docs/benchmarks.md.
+
+With --quick sizes are tiny and nothing is written: it shows whether everything runs.
+"""
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 
-from bench import lct_speed
+from bench.measure import NotWrittenError, machine, write
 
-BENCHES: dict[str, tuple[str, Callable[[], str]]] = {
-    "lct_speed": ("Lagged Cache Training against exact training, seconds per step", lct_speed.run),
+# From the shortest; a title, and where the bench stands.
+BENCHES = {
+    "startup": "Start-up",
+    "chunked_loss": "Next-token loss over a large vocabulary in chunks",
+    "framework": "Framework tax: train.py against a bare loop of the same model",
+    "training": "Training tokens per second beside other trainers",
+    "infini": "Infini-attention beside infini-transformer-pytorch",
+    "memory_layers": "Cost per token of the memory layers",
+    "fixed_points": "Sweeps beside torchdeq's solver",
+    "session": "A session over a million tokens",
+    "lct_speed": "Lagged Cache Training against exact training",
+    "scaling": "How cost grows",
 }
 DOCS = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 MARK = "<!-- {name} -->"
@@ -17,15 +31,31 @@ MARK = "<!-- {name} -->"
 
 def main() -> None:
     """Run what was named."""
-    names = sys.argv[1:] or list(BENCHES)
+    quick = "--quick" in sys.argv
+    names = [name for name in sys.argv[1:] if name != "--quick"] or list(BENCHES)
     unknown = [name for name in names if name not in BENCHES]
     if unknown:
         print(f"bench: {', '.join(unknown)} does not exist. Allowed: {', '.join(sorted(BENCHES))}.", file=sys.stderr)
         raise SystemExit(2)
+    refused = False
     for name in names:
-        title, run = BENCHES[name]
-        section = f"## {title}\n\n`python -m bench {name}`\n\n{run()}\n"
-        _put(name, section)
+        print(f"== {name}", flush=True)
+        about, started = machine(), time.monotonic()
+        try:
+            found = importlib.import_module(f"bench.{name}").run(quick)
+        except NotWrittenError as problem:
+            print(problem, file=sys.stderr)
+            refused = True
+            continue
+        print(f"== {name}: {time.monotonic() - started:.0f} s", flush=True)
+        if quick:
+            print(found.text)
+            continue
+        write(name, about, found.figures)
+        where = ", ".join(f"{key} {value}" for key, value in about.items())
+        text = f"## {BENCHES[name]}\n\n`python -m bench {name}`\n\n{found.text}\n\nMeasured on: {where}.\n"
+        _put(name, text)
+    raise SystemExit(int(refused))
 
 
 def _put(name: str, section: str) -> None:

@@ -1,0 +1,58 @@
+"""One optimizer step of a model of ours, as a bare loop makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.measure import DEVICE
+from newllm.losses.next_token import NextTokenConfig, NextTokenLoss
+from newllm.models.base import LanguageModel
+from newllm.recurrence import solve
+from newllm.trainers.lag import sweep_map
+
+CLIP = 1.0  # as conf/trainer has it
+
+
+def bare_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+    """Return a call that makes one step: gradients, their norm clipped, fused AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+
+    return step
+
+
+def parallel_loss(model: LanguageModel, inputs: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    """Return the loss of one parallel pass of a model without feedback."""
+    loss = NextTokenLoss(NextTokenConfig(kind="next_token"))
+    return lambda: loss(model, model.encode(inputs, model.initial_state(len(inputs))).hidden, labels)
+
+
+def lagged_loss(model: LanguageModel, inputs: Tensor, labels: Tensor, *, sweeps: int) -> Callable[[], Tensor]:
+    """Return the loss of K differentiated sweeps from given states of a model with feedback."""
+    loss = NextTokenLoss(NextTokenConfig(kind="next_token"))
+    cached = torch.randn(*inputs.shape, model.dim, device=inputs.device)
+
+    def call() -> Tensor:
+        return loss(model, solve(sweep_map(model, inputs), cached, sweeps=sweeps, differentiate=sweeps).states, labels)
+
+    return call
+
+
+def random_ids(batch_size: int, length: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Return inputs and the tokens after them [B, T]: speed does not depend on what they are."""
+    ids = torch.randint(vocab_size, (batch_size, length + 1), device=DEVICE)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def num_parameters(model: Any) -> str:
+    """Return the parameters in millions, shared ones once."""
+    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M"

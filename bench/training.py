@@ -1,0 +1,170 @@
+"""Training tokens per second of Pythia: ours, Hugging Face's GPT-NeoX in a loop and in its Trainer, and litgpt."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.measure import DEVICE, Found, paired_ratio, require_quiet, table, take_turns
+from bench.paused import Paused
+from bench.peers import import_peer, missing, problem_with, version_of
+from bench.steps import CLIP, bare_step, parallel_loss, random_ids
+from newllm.config.compose import compose_model
+from newllm.models.create import create_model
+
+PEERS = ["transformers", "litgpt"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One size to compare at; `steps` optimizer steps make a call."""
+
+    size: str
+    vocab_size: int
+    batch_size: int
+    length: int
+    steps: int
+    rounds: int
+
+
+SHAPES = [
+    Shape("nano", 4096, 8, 128, 4, 7),
+    Shape("small", 4096, 8, 128, 2, 7),
+    Shape("pythia_70m", 50304, 2, 256, 1, 4),
+]
+QUICK = [Shape("nano", 256, 2, 16, 1, 2)]
+
+
+def repeated(step: Callable[[], object], times: int) -> Callable[[], None]:
+    """Return a call that makes so many steps."""
+
+    def call() -> None:
+        for _ in range(times):
+            step()
+
+    return call
+
+
+def huggingface(shape: Shape) -> nn.Module:
+    """Return the same model as ours, as transformers has it, with its fast attention."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    size = compose_model("pythia", size=shape.size, keys={}).size
+    config: Any = GPTNeoXConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=size.dim,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        intermediate_size=size.mlp_dim,
+        max_position_embeddings=2048,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    config._attn_implementation = "sdpa"
+    return GPTNeoXForCausalLM(config).to(DEVICE).train()
+
+
+class OneBlock(torch.utils.data.Dataset):
+    """One block, over and over."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids.cpu()
+
+    def __len__(self) -> int:
+        return 2**20
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids, "labels": self.ids}
+
+
+def huggingface_trainer(shape: Shape, ids: Tensor, folder: str) -> Callable[[], object]:
+    """Return a call that makes steps with transformers' Trainer; what it prepares falls into the first call."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    def train(pause: Callable[[], None]) -> None:
+        class Turns(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step % shape.steps == 0:
+                    pause()
+
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=10**6,
+            per_device_train_batch_size=shape.batch_size,
+            learning_rate=1e-4,
+            max_grad_norm=CLIP,
+            optim="adamw_torch_fused",
+            lr_scheduler_type="constant",
+            logging_steps=10,  # as often as ours
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=DEVICE == "cpu",
+        )
+        Trainer(huggingface(shape), arguments, train_dataset=OneBlock(ids[0]), callbacks=[Turns()]).train()
+
+    return Paused(train)
+
+
+def litgpt(shape: Shape, inputs: Tensor, labels: Tensor) -> Callable[[], object]:
+    """Return a step of litgpt's Pythia with the loss of its own pretraining loop."""
+    model_module, utils = import_peer("litgpt.model"), import_peer("litgpt.utils")
+    size = compose_model("pythia", size=shape.size, keys={}).size
+    config = import_peer("litgpt.config").Config.from_name(
+        "pythia-70m",
+        n_layer=size.num_layers,
+        n_head=size.num_heads,
+        n_embd=size.dim,
+        intermediate_size=size.mlp_dim,
+        padded_vocab_size=shape.vocab_size,
+        vocab_size=shape.vocab_size,
+    )
+    model = model_module.GPT(config).to(DEVICE).train()
+    model.max_seq_length = shape.length
+    return bare_step(model, lambda: utils.chunked_cross_entropy(model(inputs), labels))
+
+
+def alternatives(shape: Shape, folder: str) -> dict[str, Callable[[], object]]:
+    """Return everything that can be measured here at a shape."""
+    inputs, labels = random_ids(shape.batch_size, shape.length, shape.vocab_size)
+    own = create_model("pythia", size=shape.size, vocab_size=shape.vocab_size, seed=0).to(DEVICE).train()
+    found = {"ours": repeated(bare_step(own, parallel_loss(own, inputs, labels)), shape.steps)}
+    if problem_with("transformers") is None:
+        theirs = huggingface(shape)
+        # It shifts labels itself: one target less in a row than ours.
+        loop = bare_step(theirs, lambda: theirs(input_ids=inputs, labels=inputs).loss)
+        found["HF loop"] = repeated(loop, shape.steps)
+        found["HF Trainer"] = huggingface_trainer(shape, inputs, folder)
+    if problem_with("litgpt") is None:
+        found["litgpt"] = repeated(litgpt(shape, inputs, labels), shape.steps)
+    return found
+
+
+def run(quick: bool) -> Found:
+    """Measure all sizes."""
+    if problem_with("transformers") is None:
+        import_peer("accelerate")  # Trainer needs it, and transformers looks for it once, when it is imported
+    lines, figures = [], {}
+    for shape in QUICK if quick else SHAPES:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = take_turns(alternatives(shape, folder), rounds=shape.rounds)
+        if not quick:
+            require_quiet(rows, f"training, {shape.size}")
+        tokens = shape.batch_size * shape.length * shape.steps
+        for row in rows:
+            ratio = paired_ratio(row, rows[0])
+            speed, warmup = f"{tokens / row.median:,.0f}", f"{row.warmup_seconds:.1f} s"
+            where = f"{shape.size}, V {shape.vocab_size}, B {shape.batch_size}, T {shape.length}"
+            lines.append([where, row.name, speed, f"{ratio:.2f}", f"{row.spread:.0%}", warmup])
+            print(*lines[-1], sep=" | ", flush=True)
+        figures[shape.size] = {row.name: row.figures() | {"tokens_per_call": tokens} for row in rows}
+    head = ["shape", "", "tokens/s", "time / ours", "spread", "warm-up"]
+    versions = ", ".join(f"{name} {version_of(name)}" for name in PEERS if problem_with(name) is None)
+    told = f"fp32, eager, fused AdamW, gradient norm clipped, median of the rounds. {versions}."
+    return Found(f"{table(head, lines)}\n\n{told}{missing(PEERS)}", figures)

@@ -314,5 +314,6 @@ class EvaluateConfig:
     checkpoint: Literal["best", "last"]
     split: Literal["test", "validation"]
     batch_size: Annotated[int | None, Range(minimum=1)]  # blocks; null takes the run's own
+    prompt: str | None  # text that evaluation=[generation] continues; null leaves evaluation.generation.prompt
     evaluation: dict[str, EvaluationConfig]  # by name of the option
     runtime: RuntimeConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
@@ -40,12 +41,13 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
         num_threads = config.runtime.num_threads or run.config.runtime.num_threads
         if num_threads is not None:
             torch.set_num_threads(num_threads)
-        for measurement in config.evaluation.values():
+        evaluations = _with_prompt(config)
+        for measurement in evaluations.values():
             problems = measurement.check(run.config)
             if problems:
                 raise ValueError("\n".join(problems))
         results = run_suite(
-            run, config.evaluation, split=config.split, batch_size=config.batch_size, device=config.runtime.accelerator
+            run, evaluations, split=config.split, batch_size=config.batch_size, device=config.runtime.accelerator
         )
     except (ValueError, TypeError) as error:
         refuse(str(error).splitlines())
@@ -101,6 +103,25 @@ def table(results: Mapping[str, Any]) -> str:
             shown = f"{len(value)} entries, see evaluation.json"
         lines.append(f"{name:<44} {shown}")
     return "\n".join(lines)
+
+
+def _with_prompt(config: EvaluateConfig) -> Mapping[str, EvaluationConfig]:
+    """The measurements, that of generation with the prompt of the command line if there is one."""
+    if config.prompt is None:
+        return config.evaluation
+    options = config.evaluation.get("generation")
+    if options is None:
+        raise ValueError(
+            f"prompt={config.prompt}: is continued by none of the measurements. Allowed with it: evaluation=[generation]. "
+            "Add generation to the list or leave prompt out."
+        )
+    if options.prompts_file is not None:  # type: ignore[attr-defined]  # the schema of evaluation=[generation]
+        raise ValueError(
+            f"prompt={config.prompt}: stands beside evaluation.generation.prompts_file. Allowed: one of the two. "
+            "Leave one out."
+        )
+    changes: dict[str, Any] = {"prompt": config.prompt}
+    return {**config.evaluation, "generation": dataclasses.replace(options, **changes)}
 
 
 def _reproduced(run: LoadedRun, measured: Mapping[str, Any]) -> dict[str, Any]:

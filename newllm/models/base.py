@@ -47,6 +47,7 @@ class LanguageModel(nn.Module, ABC):
     vocab_size: int
     dim: int
     has_feedback: bool = False
+    max_positions: int | None = None  # tokens of the longest text; None takes any
     tied_parameters: tuple[tuple[str, ...], ...] = ()
 
     @abstractmethod
@@ -89,6 +90,18 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def flops_per_token(self, length: int) -> float:
         """Return the matrix FLOPs per token of one forward pass over a text of `length` tokens."""
+
+    def training_flops_per_token(self, length: int) -> float:
+        """Return the matrix FLOPs per token of one pass and its gradient: the products of the pass, and two for each of them back.
+
+        A model whose passes do not all carry a gradient, or whose loss reads it more than once, says so here.
+        """
+        return 3 * self.flops_per_token(length)
+
+    def head_flops_per_token(self) -> float:
+        """Return the matrix FLOPs of the scores of one state; 0 where they are no linear map."""
+        head = self.linear_head(torch.zeros(1, self.dim, device=next(self.parameters()).device))
+        return 0 if head is None else 2 * head.weight.numel()
 
     @abstractmethod
     def state_bytes(self, length: int) -> int:

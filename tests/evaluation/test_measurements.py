@@ -162,28 +162,3 @@ def test_lag_is_that_of_sweeps_from_zeros():
 
 def scored_one(where):
     return score_batch(where.model, next(where.batches()), where.data.token_bytes)
-
-
-OPTIONS = {"top_k": None, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "seed": 0}
-
-
-def test_generated_texts_begin_with_the_prompt_and_tell_their_repetition():
-    options = generation.GenerationConfig(
-        kind="generation", prompt="And", new_tokens=6, samples=2, temperature=1.0, **OPTIONS
-    )
-
-    found = generation.measure(material(), options)
-
-    assert len(found) == 2
-    assert found[0]["text"] != found[1]["text"]
-    assert all(text["text"].startswith("And") for text in found)
-    assert found[0].keys() >= {"repeated_4grams", "distinct_1", "distinct_2"}
-
-
-def test_empty_prompt_is_refused():
-    options = generation.GenerationConfig(
-        kind="generation", prompt="", new_tokens=6, samples=1, temperature=1.0, **OPTIONS
-    )
-
-    with pytest.raises(ValueError, match=r"evaluation\.generation\.prompt: is empty"):
-        generation.measure(material(), options)

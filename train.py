@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from newllm.config.command_line import check_command_line, job_of, no_empty_folder, sweep_output
 from newllm.config.library import conf_folder
+from newllm.early_signal import leave_on_sigterm
 from newllm.jobs.job import is_job, run_job
 
 
@@ -26,6 +27,7 @@ def train(untyped: DictConfig) -> float | None:
 
 def main() -> None:
     """Check the command line, then hand it to Hydra."""
+    leave_on_sigterm()
     sys.argv[1:] = check_command_line(sys.argv[1:], root="train")
     output = sweep_output(sys.argv[1:], root="train")
     if output is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import psutil
 import torch
 
 from newllm.config.schema import TrainConfig
 from newllm.data.module import build_data
 from newllm.models.base import count_parameters
 from newllm.models.create import build_model
+from newllm.trainers.build import training_module_class
 from newllm.trainers.lagged_cache import DTYPES, cache_bytes
 
 
@@ -37,8 +39,60 @@ def describe_cost(config: TrainConfig) -> str:
         ("steps", f"{config.trainer.max_steps:,} of {batch} blocks of {length} tokens"),
         ("visits per sample", f"{visits:.2f} ({data.num_train_samples:,} training blocks)"),
         ("validation", f"{data.num_validation_samples:,} blocks every {config.trainer.validate_every_steps:,} steps"),
-        ("memory, about", f"{_memory_bytes(config, parameters['total'], data.vocab_size) / 2**20:,.0f} MiB"),
+        ("memory, about", f"{_memory_bytes(config, parameters, data.vocab_size) / 2**20:,.0f} MiB"),
     ]
+def check_memory(config: TrainConfig, vocab_size: int) -> None:
+    """Check, before any of it is allocated, that weights, gradients and moments fit where they are to be.
+
+    What a batch needs beside them is told and not judged: it is an estimate, they are certain.
+
+    Args:
+        config: the whole configuration.
+        vocab_size: of its data.
+    Raises:
+        ValueError: they do not fit; the message gives both figures.
+    """
+    with torch.device("meta"):
+        model = build_model(config, vocab_size)
+    parameters = count_parameters(model)
+    runtime, copies = config.runtime, _copies(parameters, config)
+    needed = copies / runtime.devices if runtime.strategy == "fsdp" else copies
+    if runtime.accelerator == "gpu":
+        free, where = torch.cuda.mem_get_info()[0], "free on the GPU"
+    else:
+        needed *= runtime.devices  # each process holds its own
+        free, where = psutil.virtual_memory().available, "of free memory"
+    if needed <= free:
+        return
+    batch = _memory_bytes(config, parameters, vocab_size) - copies
+    raise ValueError(
+        f"model: {parameters['total']:,} parameters need {needed / 2**30:,.1f} GiB for weights, gradients and moments (and a batch about "
+        f"{batch / 2**30:,.1f} GiB more), there are {free / 2**30:,.1f} GiB {where}. Allowed: what fits. "
+        "Choose a smaller size, model.num_layers or tokenizer.vocab_size, or share the model out among GPUs with runtime=fsdp."
+    )
+
+
+def _copies(parameters: dict[str, int], config: TrainConfig) -> float:
+    """Bytes of the weights, of the gradients and two moments of those that are trained, and of their average."""
+    value = 8 if config.runtime.precision == "64-true" else 4
+    average = parameters["total"] if config.trainer.ema_decay is not None else 0
+    return value * (parameters["total"] + 3 * parameters["trainable"] + average)
+
+
+def _visits(data: TextDataModule, visits: float) -> str:
+    if data.prepared.stream is not None:
+        return "1 in each pass over the corpus, which is streamed and not counted"
+    return f"{visits:.2f} ({data.num_train_samples:,} training blocks)"
+
+
+def _training_flops(config: TrainConfig, model: LanguageModel) -> str:
+    per_token = training_module_class(config.trainer.kind).training_flops_per_token(model, config)
+    if per_token is None:
+        return "not known before"
+    tokens = config.data.batch_size * config.trainer.accumulate_batches * config.data.block_length
+    return f"{per_token * tokens * config.trainer.max_steps:.3g} ({per_token:,.0f} per token, forward and backward)"
+
+
     return "\n".join(f"{name:<24} {value}" for name, value in rows)
 
 
@@ -56,10 +110,10 @@ def _cache(config: TrainConfig, num_samples: int, dim: int) -> str:
     return f"{cache_bytes(num_samples, config.data.block_length, dim, dtype):,} bytes ({kind})"
 
 
-def _memory_bytes(config: TrainConfig, parameters: int, vocab_size: int) -> float:
-    """Weights, gradients and two moments, and the activations of one batch: logits twice, about 20 hidden sizes a layer."""
+def _memory_bytes(config: TrainConfig, parameters: dict[str, int], vocab_size: int) -> float:
+    """Weights, gradients and moments, and the activations of one batch: logits twice, about 20 hidden sizes a layer."""
     size = config.model
     tokens = config.data.batch_size * config.data.block_length
     dim, layers = getattr(size, "dim", config.size.dim), len(config.layers.stack)
     activations = tokens * (2 * vocab_size + 20 * dim * layers * _sweeps(config))
-    return 4 * (4 * parameters + activations)
+    return _copies(parameters, config) + (8 if config.runtime.precision == "64-true" else 4) * activations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -254,6 +255,7 @@ def main() -> None:
     """Be a rank that rank 0 has started."""
     message: dict[str, Any] = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_first, daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # rank 0 tells when to stop: training listens for itself
     config, problems = build(message["config"], TrainConfig)
     assert not problems, problems
     from newllm.run import run_training

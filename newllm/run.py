@@ -18,8 +18,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAverag
 from newllm import ranks
 from newllm.callbacks.checkpoints import Checkpoints
 from newllm.callbacks.csv_table import CsvTable
-from newllm.callbacks.logger import Logger
 from newllm.callbacks.eager_validation import EagerValidation
+from newllm.callbacks.logger import Logger
 from newllm.callbacks.probe import Probe
 from newllm.callbacks.progress import Progress
 from newllm.callbacks.samples import Samples
@@ -32,7 +32,7 @@ from newllm.closing import closing_lines
 from newllm.config.command_line import refuse
 from newllm.config.schema import TrainConfig
 from newllm.config.typed import config_hash, plain, real_config
-from newllm.cost import describe_cost
+from newllm.cost import check_memory, describe_cost
 from newllm.data.module import TextDataModule, build_data
 from newllm.embedding import embedding_table, freeze_embedding, set_embedding, token_embedding
 from newllm.evaluation.suite import run_suite
@@ -135,15 +135,30 @@ def _recorded(prepared: Prepared, overrides: list[str]) -> float | None:
     try:
         return _train_and_record(prepared, record, started)
     except BaseException as error:
-        if not isinstance(error, SystemExit):
-            with suppress(OSError):  # the full disk that ended the run: its own message is the one to see
-                record.fail(error, wall_seconds=time.monotonic() - started)
+        with suppress(OSError):  # the full disk that ended the run: its own message is the one to see
+            _record_end(record, error, wall_seconds=time.monotonic() - started)
         raise
     finally:
         print(f"run: {folder}", flush=True)
 
 
 def _quieten() -> None:
+def _record_end(record: RunRecord, error: BaseException, *, wall_seconds: float) -> None:
+    if not isinstance(error, SystemExit):
+        record.fail(error, wall_seconds=wall_seconds)
+    elif record.facts["status"] == "running":  # told to stop before the first step
+        last, best = last_and_best(read_metrics(record.folder))
+        record.finish(
+            status="stopped",
+            exit_reason="told to stop before the first step",
+            tokens=record.facts.get("tokens", 0),
+            tokens_per_second=0.0,
+            wall_seconds=wall_seconds,
+            metrics=last,
+            best_metrics=best,
+        )
+
+
     """Our own lines on stderr; of Lightning's only what asks for attention."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -163,6 +178,7 @@ def _prepare(config: TrainConfig, folder: Path) -> Prepared:
     data = build_data(config, tokenizer_file=saved if checkpoint is not None and saved.is_file() else None)
     data.prepare()
     # The weights depend on the seed alone, not on how many numbers reading the data drew.
+    check_memory(config, data.vocab_size)
     torch.manual_seed(config.seed)
     model = build_model(config, data.vocab_size)
     if checkpoint is None:

@@ -24,14 +24,18 @@ def write_event(folder: Path, event: dict[str, Any]) -> None:
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """Return the events of a run in order; none where nothing happened."""
     path = folder / EVENTS_FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    # What follows the last newline was torn by a kill: the step it tells of is made again.
+    *whole, _ = path.read_text().split("\n")
+    return [json.loads(line) for line in whole]
 
 
 def keep_events(folder: Path, *, up_to_step: int) -> None:
     """Drop the events after `up_to_step`, which a resumed run meets again."""
     events = read_events(folder)
     kept = [event for event in events if event["step"] <= up_to_step]
-    if len(kept) < len(events):
+    if (folder / EVENTS_FILE).exists():
         write_whole(folder / EVENTS_FILE, "".join(json.dumps(event) + "\n" for event in kept))
 
 

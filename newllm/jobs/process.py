@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 PRELOADED = ["newllm.run"]
@@ -30,19 +31,26 @@ def run_fresh(script: Path, arguments: Sequence[str], *, log: Path | None) -> in
         arguments: its sys.argv without the program.
         log: file that stdout and stderr are appended to, locked while the script runs; None leaves them as they are.
     """
-    # Not multiprocessing.Process of the default context, which forks this process with all it has loaded and locked.
-    process = _server().Process(  # type: ignore[attr-defined]
-        target=_script, args=(str(script), list(arguments), log, dict(os.environ), os.getcwd())
-    )
-    with _usual_start_method():
-        process.start()
+    process = start_fresh(script, arguments, log=log)
     try:
         process.join()
     except BaseException:
         process.terminate()
         process.join()
         raise
+    assert process.exitcode is not None, "joined"
     return process.exitcode
+
+
+def start_fresh(script: Path, arguments: Sequence[str], *, log: Path | None) -> BaseProcess:
+    """Start what `run_fresh` runs, and return its process."""
+    # Not multiprocessing.Process of the default context, which forks this process with all it has loaded and locked.
+    process: BaseProcess = _server().Process(  # type: ignore[attr-defined]
+        target=_script, args=(str(script), list(arguments), log, dict(os.environ), os.getcwd())
+    )
+    with _usual_start_method():
+        process.start()
+    return process
 
 
 def _server() -> BaseContext:

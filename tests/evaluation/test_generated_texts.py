@@ -16,9 +16,19 @@ from newllm.models.trm import TrmLM
 
 def options(**changes: Any) -> GenerationConfig:
     own: dict[str, Any] = {
-        **{"kind": "generation", "prompt": "And", "prompts_file": None, "output": None, "new_tokens": 6, "samples": 2},
-        **{"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0},
-        **{"no_repeat_ngram_size": 0, "seed": 0},
+        "kind": "generation",
+        "prompt": "And",
+        "prompts_file": None,
+        "output": None,
+        "new_tokens": 6,
+        "samples": 2,
+        "temperature": 1.0,
+        "top_k": None,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "seed": 0,
     }
     return GenerationConfig(**(own | changes))
 

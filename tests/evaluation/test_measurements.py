@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small_material import BLOCK, batches, material
 from small_sessions import SEGMENT, model
 
-from newllm.evaluation import generation, lag, perplexity, positions, sliding_window
+from newllm.evaluation import lag, perplexity, positions, sliding_window
 from newllm.evaluation.scoring import score_batch
 from newllm.evaluation.sliding_window import windows
 from newllm.recurrence import relative_change

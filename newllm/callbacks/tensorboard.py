@@ -26,7 +26,8 @@ LAYOUT = {
     },
     "memory": {
         "gate": ["Multiline", ["memory/gate"]],
-        "read norm": ["Multiline", ["memory/read_norm$"]],
+        "read norm": ["Multiline", ["memory/read_norm"]],
+        "decisions": ["Multiline", ["memory/expan", "memory/selection_entropy"]],
         "state bytes": ["Multiline", ["memory/state_bytes$"]],
     },
     "speed": {

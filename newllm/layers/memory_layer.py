@@ -171,8 +171,8 @@ class MemoryLayer(Layer):
             hidden: input [B, T, D].
             state: the state before it.
         Returns:
-            Means over the tokens: `gate_mean`, the memory's weight beside local attention, 0 to 1; `read_norm`, the length of what
-            the memory answers; and what the kind of layer decides per position, by its name.
+            Means over the tokens: `gate_mean`, the memory's weight beside local attention where it holds something, 0 to 1;
+            `read_norm`, the length of what the memory answers; and what the kind of layer decides per position, by its name.
         """
         normed, rows = self.attention_norm(hidden), []
         for row in range(hidden.shape[0]):
@@ -180,7 +180,7 @@ class MemoryLayer(Layer):
             norms = attended.recalled.square().sum(dim=(1, 3)).sqrt()
             decisions = [recall.decisions for recall in recalls if recall.decisions is not None]
             facts = self.facts(torch.cat(decisions, dim=-1)) if decisions else {}
-            rows.append({"gate_mean": attended.gates, "read_norm": norms, **facts})
+            rows.append({"gate_mean": _where_it_speaks(attended.gates), "read_norm": norms, **facts})
         return {name: float(torch.stack([row[name].float().mean() for row in rows]).mean()) for name in rows[0]}
 
     def close_segment(self, state: MemoryLayerState) -> MemoryLayerState:
@@ -289,6 +289,12 @@ class MemoryLayer(Layer):
             return Attended(recalled, recalled, has_content.to(recalled.dtype))
         gates = torch.sigmoid(self.memory_gate).view(-1, 1, 1).to(recalled.dtype) * has_content
         return Attended(torch.lerp(local, recalled, gates), recalled, gates)
+
+
+def _where_it_speaks(gates: Tensor) -> Tensor:
+    """The weights that are not 0 for want of a memory; a single 0 where all are."""
+    spoken = gates[gates > 0]
+    return spoken if spoken.numel() else gates.new_zeros(1)
 
 
 def _ratio(sums: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,30 +14,45 @@ from newllm.layers.memory_layer import MemoryLayer
 
 @torch.no_grad()
 def memory_telemetry(model: nn.Module, input_ids: Tensor, state: Any = None) -> dict[str, float]:
-    """Return the means over tokens and memory layers of what `MemoryLayer.telemetry` names, as `memory/<name>`; empty without such layers.
+    """Return the means over tokens and memory layers of what `MemoryLayer.telemetry` names, as `memory/<name>`.
+
+    With several such layers each one's own means stand beside them, as `memory/<name>_layer_<place in the stack>`. The model is
+    measured as it is deployed, in evaluation mode. Empty without such layers.
 
     Args:
         model: a language model, called once.
         input_ids: tokens [B, T].
         state: the state before them; None for the empty one.
     """
-    measured: dict[str, list[tuple[float, int]]] = {}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MemoryLayer)}
+    if not layers:
+        return {}
+    calls: dict[str, list[tuple[int, dict[str, float]]]] = {name: [] for name in layers}
 
-    def measure(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def measure(layer: nn.Module, inputs: tuple[Any, ...], *, name: str) -> None:
         assert isinstance(layer, MemoryLayer)
-        hidden, layer_state = inputs[:2]
-        for name, value in layer.telemetry(hidden, layer_state).items():
-            measured.setdefault(f"memory/{name}", []).append((value, hidden.shape[1]))
+        calls[name].append((inputs[0].shape[1], layer.telemetry(*inputs[:2])))
 
-    hooks = [layer.register_forward_pre_hook(measure) for layer in model.modules() if isinstance(layer, MemoryLayer)]
+    hooks = [layer.register_forward_pre_hook(partial(measure, name=name)) for name, layer in layers.items()]
+    was_training = model.training
     try:
-        if hooks:
-            model(input_ids, state)
+        model.eval()
+        model(input_ids, state)
     finally:
+        model.train(was_training)
         for hook in hooks:
             hook.remove()
-    # A feedback model calls its layers for one token at a time: calls count by their tokens.
-    return {
-        name: sum(value * tokens for value, tokens in calls) / sum(tokens for _, tokens in calls)
-        for name, calls in measured.items()
-    }
+    means = {name.rsplit(".", 1)[-1]: _mean(measured) for name, measured in calls.items()}
+    found = {f"memory/{name}": value for name, value in _mean([(1, mean) for mean in means.values()]).items()}
+    if len(means) > 1:
+        found |= {
+            f"memory/{name}_layer_{place}": value for place, mean in means.items() for name, value in mean.items()
+        }
+    return found
+
+
+def _mean(measured: Sequence[tuple[int, dict[str, float]]]) -> dict[str, float]:
+    """The mean of each name over those that have it, weighted: a feedback model calls its layers for one token at a time."""
+    names = dict.fromkeys(name for _, facts in measured for name in facts)
+    having = {name: [(weight, facts[name]) for weight, facts in measured if name in facts] for name in names}
+    return {name: sum(w * value for w, value in of) / sum(w for w, _ in of) for name, of in having.items()}

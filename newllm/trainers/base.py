@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from newllm import ranks
 from newllm.config.schema import TrainConfig
 from newllm.evaluation.scoring import Mode, Score, score_batch
+from newllm.layers.telemetry import memory_telemetry
 from newllm.losses.next_token import NO_TARGET
 from newllm.models.base import LanguageModel
 from newllm.state import State
@@ -19,6 +21,7 @@ from newllm.trainers.optimization import build_optimizer, learning_rate_factor
 from newllm.trainers.validation_sums import BatchSums
 
 Batch = dict[str, Tensor]
+MEMORY_PROBE_ROWS = 4  # of a batch, of which the use of the memories is measured
 
 
 def context_norms(model: LanguageModel, states: Tensor) -> dict[str, Tensor]:
@@ -88,9 +91,31 @@ class TrainingModule(lightning.LightningModule):
         """Batches whose gradients make one optimizer step."""
         return self.config.trainer.accumulate_batches
 
+    def first_run(self) -> TrainConfig | None:
+        """Return the configuration of a run that must be made first, for its folder to be taken over; None where there is none."""
+        return None
+
+    def take(self, folder: Path) -> None:
+        """Take over what the run that was made first came to.
+
+        Args:
+            folder: of that run, finished.
+        """
+        raise NotImplementedError(f"{type(self).__name__} builds on no other run")
+
     def facts(self) -> dict[str, Any]:
         """Return what run.json records of the procedure itself, in plain values."""
         return {}
+
+    @classmethod
+    def training_flops_per_token(cls, model: LanguageModel, config: TrainConfig) -> float | None:
+        """Return the matrix FLOPs per token of a step, forward and backward; None where that is not known before.
+
+        Args:
+            model: may be on the meta device.
+            config: the whole configuration.
+        """
+        return model.training_flops_per_token(config.data.block_length) if cls.predicts_tokens else None
 
     @abstractmethod
     def states(self, batch: Batch) -> Tensor:
@@ -105,11 +130,21 @@ class TrainingModule(lightning.LightningModule):
         self.log_dict(measured, batch_size=batch["input_ids"].shape[0])
         return loss
 
+    def state_before(self, batch: Batch) -> Any:
+        """Return the state that the next step on this batch starts from; None for the empty one."""
+        return None
+
     def probe(self, batch: Batch) -> dict[str, float]:
         """Return what is worth knowing every so often of the states that the next step on this batch starts from."""
         gates = [parameter for name, parameter in self.model.named_parameters() if name.endswith("memory_gate")]
-        measured = {"memory/state_bytes": float(self.model.state_bytes(batch["input_ids"].shape[1]))}
+        # A recurrence runs token by token: one row tells enough.
+        rows = list(range(1 if self.model.has_feedback else len(batch["input_ids"])))[:MEMORY_PROBE_ROWS]
+        state = self.state_before(batch)
+        known = None if state is None else state.select(rows)
+        measured = memory_telemetry(self.model, batch["input_ids"][rows], known)
+        measured["memory/state_bytes"] = float(self.model.state_bytes(batch["input_ids"].shape[1]))
         if gates:
+            # The weight where a memory holds something: these rows' memories may still be empty.
             measured["memory/gate_mean"] = (
                 torch.cat([gate.detach().sigmoid().flatten() for gate in gates]).mean().item()
             )

@@ -89,12 +89,14 @@ class StreamingModule(TrainingModule):
         check_is_written(state)
         self.state = state.detach()
 
+    def state_before(self, batch: Batch) -> Any:
+        kept = None if self.state is None else self.state.to(batch["input_ids"].device)
+        return begin(self.model, kept, batch)
+
     def states(self, batch: Batch) -> Tensor:
         """Return the hidden states of the next block of every lane, and keep the state after it."""
-        input_ids = batch["input_ids"]
-        kept = None if self.state is None else self.state.to(input_ids.device)
-        self.step_state = state = begin(self.model, kept, batch)
-        output = read_block(self.model, state, input_ids, context_tokens=self.options.context_tokens)
+        self.step_state = state = self.state_before(batch)
+        output = read_block(self.model, state, batch["input_ids"], context_tokens=self.options.context_tokens)
         self.state = output.state
         return output.hidden
 

@@ -136,23 +136,40 @@ def test_telemetry_tells_how_much_the_memory_weighs_and_says():
     both = layer.telemetry(hidden, empty(layer, 2))
 
     assert fresh == {"gate_mean": 0.0, "read_norm": 0.0}
-    # Half of the positions come before anything is written.
-    assert both["gate_mean"] == pytest.approx(torch.sigmoid(torch.tensor(1.0)).item() / 2)
+    # Half of the positions come before anything is written: they are left out.
+    assert both["gate_mean"] == pytest.approx(torch.sigmoid(torch.tensor(1.0)).item())
     assert both["read_norm"] > 0
 
 
-def test_model_telemetry_averages_its_memory_layers():
+def test_model_telemetry_tells_of_each_layer_and_their_mean():
     layers = [build("pythia"), build("multi"), build("hierarchical")]
     model = TransformerLM(11, 8, layers)
     input_ids = torch.arange(10).view(1, 10)
 
     measured = memory_telemetry(model, input_ids)
 
-    names = {"gate_mean", "read_norm", "selection_entropy", "expansion_mean", "expanded_share"}
-    assert set(measured) == {f"memory/{name}" for name in names}
+    both, multi, coarse = {"gate_mean", "read_norm"}, {"selection_entropy"}, {"expansion_mean", "expanded_share"}
+    assert set(measured) == {
+        *(f"memory/{name}" for name in both | multi | coarse),
+        *(f"memory/{name}_layer_1" for name in both | multi),
+        *(f"memory/{name}_layer_2" for name in both | coarse),
+    }
+    norms = [measured[f"memory/read_norm_layer_{place}"] for place in (1, 2)]
+    assert measured["memory/read_norm"] == pytest.approx(sum(norms) / 2)
     assert measured["memory/expanded_share"] == 1
+    alone = memory_telemetry(TransformerLM(11, 8, [build("pythia"), build("infini")]), input_ids)
+    assert set(alone) == {f"memory/{name}" for name in both}
     assert memory_telemetry(TransformerLM(11, 8, [build("pythia")]), input_ids) == {}
     assert not any(layer._forward_pre_hooks for layer in layers)
+
+
+def test_model_telemetry_measures_what_is_deployed_and_leaves_the_model_training():
+    model = TransformerLM(11, 8, [build("hierarchical", expand_threshold=1.0)]).train()
+
+    measured = memory_telemetry(model, torch.arange(10).view(1, 10))
+
+    assert measured["memory/expanded_share"] == 0  # training would read every fine memory
+    assert all(part.training for part in model.modules())
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,23 @@ def test_validation_leaves_the_training_state_alone():
     assert training.state is kept
 
 
+@pytest.mark.parametrize("feedback", ["none", "additive"])
+def test_the_probe_reads_the_memory_that_is_carried(feedback: str):
+    training = module(f"layers.segment_length={BLOCK}", f"model.feedback={feedback}", layers="mixed")
+    first, second = lanes((True, True), (False, False))
+
+    empty = training.probe(first)
+    training.states(first)
+    kept = training.state
+    carried = training.probe(second)
+
+    # A block is a segment: within the first one nothing has been written yet.
+    assert (empty["memory/read_norm"], carried["memory/read_norm"] > 0) == (0.0, True)
+    assert {f"memory/{name}_layer_{place}" for name in ("gate_mean", "read_norm") for place in range(3)} <= set(carried)
+    assert {"memory/expanded_share", "memory/selection_entropy", "memory/gate_mean"} <= set(carried)
+    assert training.state is kept
+
+
 def test_a_frozen_bank_stays_for_every_text_and_the_only_one_is_refused():
     training = module("layers.num_memory_banks=2", "layers.segments_per_bank=1", layers="infini")
     read = training.model.exact(lanes((True, True), seed=8)[0]["input_ids"]).state

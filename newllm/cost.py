@@ -9,7 +9,6 @@ from newllm.config.schema import TrainConfig
 from newllm.data.module import build_data
 from newllm.models.base import count_parameters
 from newllm.models.create import build_model
-from newllm.trainers.build import training_module_class
 from newllm.trainers.lagged_cache import DTYPES, cache_bytes
 
 
@@ -41,6 +40,9 @@ def describe_cost(config: TrainConfig) -> str:
         ("validation", f"{data.num_validation_samples:,} blocks every {config.trainer.validate_every_steps:,} steps"),
         ("memory, about", f"{_memory_bytes(config, parameters, data.vocab_size) / 2**20:,.0f} MiB"),
     ]
+    return "\n".join(f"{name:<24} {value}" for name, value in rows)
+
+
 def check_memory(config: TrainConfig, vocab_size: int) -> None:
     """Check, before any of it is allocated, that weights, gradients and moments fit where they are to be.
 
@@ -77,23 +79,6 @@ def _copies(parameters: dict[str, int], config: TrainConfig) -> float:
     value = 8 if config.runtime.precision == "64-true" else 4
     average = parameters["total"] if config.trainer.ema_decay is not None else 0
     return value * (parameters["total"] + 3 * parameters["trainable"] + average)
-
-
-def _visits(data: TextDataModule, visits: float) -> str:
-    if data.prepared.stream is not None:
-        return "1 in each pass over the corpus, which is streamed and not counted"
-    return f"{visits:.2f} ({data.num_train_samples:,} training blocks)"
-
-
-def _training_flops(config: TrainConfig, model: LanguageModel) -> str:
-    per_token = training_module_class(config.trainer.kind).training_flops_per_token(model, config)
-    if per_token is None:
-        return "not known before"
-    tokens = config.data.batch_size * config.trainer.accumulate_batches * config.data.block_length
-    return f"{per_token * tokens * config.trainer.max_steps:.3g} ({per_token:,.0f} per token, forward and backward)"
-
-
-    return "\n".join(f"{name:<24} {value}" for name, value in rows)
 
 
 def _sweeps(config: TrainConfig) -> int:

@@ -142,7 +142,6 @@ def _recorded(prepared: Prepared, overrides: list[str]) -> float | None:
         print(f"run: {folder}", flush=True)
 
 
-def _quieten() -> None:
 def _record_end(record: RunRecord, error: BaseException, *, wall_seconds: float) -> None:
     if not isinstance(error, SystemExit):
         record.fail(error, wall_seconds=wall_seconds)
@@ -159,6 +158,7 @@ def _record_end(record: RunRecord, error: BaseException, *, wall_seconds: float)
         )
 
 
+def _quieten() -> None:
     """Our own lines on stderr; of Lightning's only what asks for attention."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -177,8 +177,8 @@ def _prepare(config: TrainConfig, folder: Path) -> Prepared:
     saved = folder / "tokenizer.json"
     data = build_data(config, tokenizer_file=saved if checkpoint is not None and saved.is_file() else None)
     data.prepare()
-    # The weights depend on the seed alone, not on how many numbers reading the data drew.
     check_memory(config, data.vocab_size)
+    # The weights depend on the seed alone, not on how many numbers reading the data drew.
     torch.manual_seed(config.seed)
     model = build_model(config, data.vocab_size)
     if checkpoint is None:

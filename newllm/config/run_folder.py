@@ -16,8 +16,11 @@ from newllm.config.problems import ConfigError, shown
 from newllm.config.schema import TrainConfig
 from newllm.config.typed import RUN_INDEPENDENT, build, config_hash, flat, is_run_independent, plain
 
-OF_ONE_SESSION = ("resume", "check", "stop_at_step")
+OF_ONE_SESSION = ("resume", "check", "profile", "stop_at_step")
 """Keys that a resumed run does not take over from the session before."""
+
+FIRST_PHASE = "phase1"
+"""Folder, inside a run's own, of the run that it makes first and builds on; few procedures have one."""
 
 
 def run_folder(config: TrainConfig, now: datetime) -> Path:
@@ -56,8 +59,10 @@ def not_writable(key: str, folder: str | Path) -> list[str]:
 
 
 def can_resume(folder: Path) -> bool:
-    """Whether the folder holds a run that was interrupted after a checkpoint."""
-    return (folder / "checkpoints" / "last.ckpt").is_file() and not (folder / "DONE").exists()
+    """Whether the folder holds a run that was interrupted after a checkpoint, its own or of the run that it makes first."""
+    parts = (folder, folder / FIRST_PHASE)
+    is_begun = any((part / "checkpoints" / "last.ckpt").is_file() for part in parts)
+    return is_begun and not (folder / "DONE").exists()
 
 
 def latest_unfinished(config: TrainConfig) -> Path | None:

@@ -6,6 +6,7 @@ N: positions. W: values kept of a position.
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -17,22 +18,35 @@ from newllm.trainers.lagged_cache import map_file
 SHARE_OF_FREE = 0.9
 
 
+@dataclass(frozen=True)
 class ContextCache:
     """Contexts [N, W] in fp32, read and written by position.
 
-    Args:
-        num_positions: N.
-        width: W.
-        path: file to keep them in; None keeps them in RAM.
-    Raises:
-        ValueError: they do not fit, or the file is of another configuration.
+    Attributes:
+        contexts: [N, W], in RAM or memory-mapped.
     """
 
-    def __init__(self, num_positions: int, width: int, *, path: Path | None = None) -> None:
+    contexts: Tensor
+
+    @classmethod
+    def empty(cls, num_positions: int, width: int, *, path: Path | None = None) -> ContextCache:
+        """Return a cache of zeros, or what the file holds if it is there.
+
+        Args:
+            num_positions: N.
+            width: W.
+            path: file to keep them in; None keeps them in RAM.
+        Raises:
+            ValueError: they do not fit, or the file is of another configuration.
+        """
         check_room(num_positions, width, path)
         shape = (num_positions, 1, width)
         kept = torch.zeros(shape) if path is None else map_file(path, shape, "fp32")
-        self.contexts = kept.view(num_positions, width)
+        return cls(kept.view(num_positions, width))
+
+    def last(self, width: int) -> ContextCache:
+        """Return the last values of every position as a cache of their own, over the same memory."""
+        return ContextCache(self.contexts[:, -width:])
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +64,7 @@ class ContextCache:
         self.contexts[positions[is_finite]] = contexts[is_finite]
 
 
-def check_room(num_positions: int, width: int, path: Path | None, *, what: str = "contexts") -> None:
+def check_room(num_positions: int, width: int, path: Path | None) -> None:
     """Raise unless the contexts of a stream fit where they are to be kept.
 
     Raises:
@@ -64,7 +78,7 @@ def check_room(num_positions: int, width: int, path: Path | None, *, what: str =
         free, place, other = shutil.disk_usage(existing).free, f"free on the disk of {path.parent}", ""
     if needed > SHARE_OF_FREE * free:
         raise ValueError(
-            f"trainer.cache: {what} of {num_positions:,} positions x {width} values x 4 bytes need {needed / 2**30:.2f} GiB, there "
+            f"trainer.cache: contexts of {num_positions:,} positions x {width} values x 4 bytes need {needed / 2**30:.2f} GiB, there "
             f"are {free / 2**30:.2f} GiB {place}. Allowed: at most {SHARE_OF_FREE:.0%} of it. "
             f"Choose {other}a smaller data.max_train_blocks."
         )

@@ -45,7 +45,9 @@ class IterationSums:
         count, norms = moved.numel(), torch.linalg.vector_norm(new, dim=-1).double()
         logarithms = moved.double().clamp_min(10 ** EXPONENTS[0]).log10()
         self.exponents += torch.histc(logarithms.float().cpu(), BINS, *EXPONENTS)
-        sums = torch.stack([(moved < threshold).sum().double(), moved.double().sum(), norms.sum(), norms.square().sum()])
+        sums = torch.stack(
+            [(moved < threshold).sum().double(), moved.double().sum(), norms.sum(), norms.square().sum()]
+        )
         converged, change, norm, square = sums.tolist()
         self.positions += count
         self.converged += round(converged)

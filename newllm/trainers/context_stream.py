@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from newllm.data.positions import Positions
 from newllm.models.context import ContextLM
-from newllm.recurrence import Map, solve
+from newllm.recurrence import Map, shift, solve
 from newllm.trainers.base import Batch
 from newllm.trainers.context_cache import ContextCache
 
@@ -131,6 +131,27 @@ def _exact(model: ContextLM, batch: Batch, before: Tensor) -> Tensor:
         previous = layer_contexts(model, here, tokens[:, place : place + 1], previous)[-1]
         made.append(previous)
     return torch.cat(made, dim=1)
+
+
+@torch.no_grad()
+def fill_layers(model: ContextLM, positions: Positions, cache: ContextCache, *, slice_tokens: int) -> None:
+    """Make the contexts of all layers, in place, from those of the last layer, which a cache of all layers holds already.
+
+    One application of the context block to every position. The last layer's contexts stay as they were.
+
+    Args:
+        model: gives the context block.
+        positions: of the stream.
+        cache: contexts of all layers [N, L*C].
+        slice_tokens: n.
+    """
+    like, width = next(model.context_block.parameters()), model.context_dim
+    before = like.new_zeros(1, width)
+    for batch in slices(positions, slice_tokens, device=like.device):
+        last = cache.read(batch["position"], like=like)[..., -width:]
+        contexts = layer_contexts(model, batch, read_tokens(model, batch), shift(last, before))
+        cache.write(batch["position"], torch.cat([*contexts[:-1], last], dim=-1))
+        before = last[:, -1]
 
 
 def only_trains(model: nn.Module, *parts: str) -> None:

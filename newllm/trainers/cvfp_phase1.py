@@ -27,49 +27,29 @@ from newllm.trainers.context_stream import context_map, on_stream, only_trains, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class CvfpPhase1Config(TrainerConfig):
-    """Iterations: every context once from the one before it in the last iteration, then one optimizer step.
-
-    A step is an iteration over the whole training text; `early_stopping_patience` counts validations without a higher effective
-    rank of validation contexts.
+class StreamContextsConfig(TrainerConfig):
+    """What all procedures share that keep a context for every position of the training text.
 
     Attributes:
-        slice_tokens: positions whose graph is held at once; diversity is measured within a slice.
-        start: contexts before the first iteration: 0.01 times normal numbers, or those of an exact pass.
+        slice_tokens: positions that are computed at once.
         reset_at_document: nothing is carried into a text from the one before it.
-        carry_over: what stands before the first position: zeros, or the last context of the iteration before.
-        context_noise: standard deviation of normal numbers added to previous contexts in training.
-        converged_threshold: mean squared change per iteration below which a context counts as converged.
-        stop_at_converged_share: share of converged training contexts that ends training; null never does.
-        min_iterations: before which nothing but max_steps ends training.
-        tolerance: relative change at which the clean sweeps after training stop, unitless.
-        rank_rows: contexts of which the effective rank is taken, drawn by the seed.
+        tolerance: relative change at which clean sweeps stop, unitless.
         cache: where contexts are kept.
-        cache_checkpoint_limit: bytes up to which a checkpoint carries the contexts; above it they are made again by sweeps.
     """
 
     needs_feedback: ClassVar[bool] = True
-    losses: ClassVar[tuple[str, ...]] = ("diversity",)
 
     slice_tokens: Count
-    start: Literal["noise", "sequential"]
     reset_at_document: bool
-    carry_over: Literal["wrap", "zeros"]
-    context_noise: Annotated[float, Range(minimum=0)]
-    converged_threshold: Annotated[float, Range(above=0)]
-    stop_at_converged_share: Share | None
-    min_iterations: Natural
     tolerance: Annotated[float, Range(above=0)]
-    rank_rows: Count
     cache: Literal["disk", "ram"]
-    cache_checkpoint_limit: Natural
 
     def check(self, config: Any) -> list[str]:
         """Return what is wrong between the trainer, the model and the data."""
         problems = []
         if config.model.kind != "context":
             problems.append(
-                f"trainer={self.kind}: trains a context block, a model of kind {config.model.kind} has none. "
+                f"trainer={self.kind}: is for a context block and a token block, a model of kind {config.model.kind} has none. "
                 "Allowed with it: model=context. Choose it or trainer=lct."
             )
         if not config.data.needs_tokenizer:
@@ -79,13 +59,52 @@ class CvfpPhase1Config(TrainerConfig):
             )
         if not config.embedding.freeze:
             problems.append(
-                f"embedding.freeze=false: trainer={self.kind} makes contexts over embeddings that stand still. "
+                f"embedding.freeze=false: trainer={self.kind} keeps contexts made over embeddings that stand still. "
                 "Allowed: true. Set embedding.freeze=true, or choose trainer=lct."
             )
-        if config.trainer.accumulate_batches != 1:
+        if self.accumulate_batches != 1:
             problems.append(
-                f"trainer.accumulate_batches={config.trainer.accumulate_batches}: an optimizer step of trainer={self.kind} has "
-                "its own number of batches. Allowed: 1. Leave it out, or set trainer.slice_tokens."
+                f"trainer.accumulate_batches={self.accumulate_batches}: trainer={self.kind} decides itself what makes a step. "
+                "Allowed: 1. Leave it out; trainer.slice_tokens and trainer.batch_size say how much is computed at once."
+            )
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class CvfpPhase1Config(StreamContextsConfig):
+    """Iterations: every context once from the one before it in the last iteration, then one optimizer step. A step is an iteration.
+
+    Attributes:
+        start: contexts before the first iteration: 0.01 times normal numbers, or those of an exact pass.
+        carry_over: what stands before the first position: zeros, or the last context of the iteration before.
+        context_noise: standard deviation of normal numbers added to previous contexts in training.
+        converged_threshold: mean squared change per iteration below which a context counts as converged.
+        stop_at_converged_share: share of converged training contexts that ends training; null never does.
+        rank_patience: validations without a higher effective rank of validation contexts that end training; null never do.
+        min_iterations: before which nothing but the number of steps ends training.
+        rank_rows: contexts of which the effective rank is taken, drawn by the seed.
+        cache_checkpoint_limit: bytes up to which a checkpoint carries the contexts.
+    """
+
+    losses: ClassVar[tuple[str, ...]] = ("diversity",)
+
+    start: Literal["noise", "sequential"]
+    carry_over: Literal["wrap", "zeros"]
+    context_noise: Annotated[float, Range(minimum=0)]
+    converged_threshold: Annotated[float, Range(above=0)]
+    stop_at_converged_share: Share | None
+    rank_patience: Annotated[int | None, Range(minimum=1)]
+    min_iterations: Natural
+    rank_rows: Count
+    cache_checkpoint_limit: Natural
+
+    def check(self, config: Any) -> list[str]:
+        """Return also where a validation loss is to end what has none."""
+        problems = super().check(config)
+        if self.kind == "cvfp_phase1" and self.early_stopping_patience is not None:
+            problems.append(
+                f"trainer.early_stopping_patience={self.early_stopping_patience}: trainer=cvfp_phase1 has no val/loss. "
+                "Allowed: null. Set trainer.rank_patience or trainer.stop_at_converged_share."
             )
         return problems
 
@@ -134,7 +153,7 @@ class CvfpPhase1Module(TrainingModule):
         }
         paths = {"train": folder / "contexts.bin" if options.cache == "disk" else None, "validation": None}
         self.caches = {
-            split: ContextCache(len(positions), model.context_dim, path=paths[split])
+            split: ContextCache.empty(len(positions), model.context_dim, path=paths[split])
             for split, positions in self.positions.items()
         }
         self._borders: dict[str, Tensor] = {}
@@ -250,7 +269,7 @@ class CvfpPhase1Module(TrainingModule):
         self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()})
 
     def _judge_rank(self, rank: float) -> None:
-        patience, iteration = self.options.early_stopping_patience, self.trainer.global_step
+        patience, iteration = self.options.rank_patience, self.trainer.global_step
         is_better = rank > self._best_rank
         self._best_rank = max(rank, self._best_rank)
         self._validations_since_best = 0 if is_better else self._validations_since_best + 1

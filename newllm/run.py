@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from newllm.callbacks.validate_at_end import ValidateAtEnd
 from newllm.callbacks.weights_and_biases import WeightsAndBiases
 from newllm.closing import closing_lines
 from newllm.config.command_line import refuse
+from newllm.config.run_folder import FIRST_PHASE, can_resume
 from newllm.config.schema import TrainConfig
 from newllm.config.typed import config_hash, plain, real_config
 from newllm.cost import check_memory, describe_cost
@@ -170,12 +171,12 @@ def _quieten() -> None:
 
 def _prepare(config: TrainConfig, folder: Path) -> Prepared:
     """Build everything, or say what cannot be; nothing is written but the cache of tokenised texts."""
-    checkpoint = None if config.resume is None else checkpoint_path(folder, "last")
+    checkpoint = None if config.resume is None or _is_in_first_run(folder) else checkpoint_path(folder, "last")
     if checkpoint is not None:
         read_checkpoint(checkpoint)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     saved = folder / "tokenizer.json"
-    data = build_data(config, tokenizer_file=saved if checkpoint is not None and saved.is_file() else None)
+    data = build_data(config, tokenizer_file=saved if config.resume is not None and saved.is_file() else None)
     data.prepare()
     check_memory(config, data.vocab_size)
     # The weights depend on the seed alone, not on how many numbers reading the data drew.
@@ -193,6 +194,29 @@ def _prepare(config: TrainConfig, folder: Path) -> Prepared:
     if config.runtime.compile:
         compile_layers(model)
     return Prepared(config, folder, data, model, module, checkpoint)
+
+
+def _is_in_first_run(folder: Path) -> bool:
+    """Whether an interrupted run has made no step of its own: it was still making the one that comes before."""
+    return (folder / FIRST_PHASE).is_dir() and not (folder / "checkpoints" / "last.ckpt").is_file()
+
+
+def _has_first_run(prepared: Prepared, overrides: list[str]) -> bool:
+    """Make the run that this one builds on, inside its folder, and take what it came to; False where it was stopped."""
+    config, folder = prepared.module.first_run(), prepared.folder / FIRST_PHASE
+    if config is None:
+        return True
+    if not (folder / "DONE").exists():
+        try:
+            inner = _prepare(replace(config, resume=str(folder) if can_resume(folder) else None), folder)
+        except (ValueError, TypeError) as error:
+            refuse([str(error)])
+        _recorded(inner, overrides)
+        lightning.seed_everything(prepared.config.seed, workers=True, verbose=False)
+    if not (folder / "DONE").exists():
+        return False
+    prepared.module.take(folder)
+    return True
 
 
 def _facts(prepared: Prepared) -> dict[str, Any]:
@@ -216,6 +240,9 @@ def _train_and_record(prepared: Prepared, record: RunRecord, started: float) -> 
     verdicts = _preflight(prepared)
     record.update(guards=[asdict(verdict) for verdict in verdicts])
     require_passed(verdicts)
+    if not _has_first_run(prepared, record.facts["overrides"]):
+        _record_end(record, SystemExit(0), wall_seconds=time.monotonic() - started)
+        return None
     session = _session(prepared)
     try:
         _fit(prepared, session)

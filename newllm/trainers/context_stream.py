@@ -17,7 +17,6 @@ from newllm.recurrence import Map, shift, solve
 from newllm.trainers.base import Batch
 from newllm.trainers.context_cache import ContextCache
 
-
 # Contexts that remember thousands of tokens need as many sweeps; one exact pass over a slice is then cheaper.
 MOST_SWEEPS = 100
 

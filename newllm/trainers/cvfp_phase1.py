@@ -17,7 +17,7 @@ from newllm.config.schema import Natural, TrainConfig, TrainerConfig
 from newllm.data.module import TextDataModule
 from newllm.data.positions import PositionReading, Positions, positions_of
 from newllm.losses.diversity import DiversityLoss
-from newllm.losses.fixed_point import fixed_point_loss, is_converged, movement
+from newllm.losses.fixed_point import fixed_point_loss, movement
 from newllm.models.context import ContextLM
 from newllm.recurrence import sweep
 from newllm.trainers.base import Batch, TrainingModule

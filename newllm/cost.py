@@ -6,7 +6,7 @@ import psutil
 import torch
 
 from newllm.config.schema import TrainConfig
-from newllm.data.module import build_data
+from newllm.data.module import TextDataModule, build_data
 from newllm.models.base import count_parameters
 from newllm.models.create import build_model
 from newllm.trainers.lagged_cache import DTYPES, cache_bytes
@@ -36,7 +36,7 @@ def describe_cost(config: TrainConfig) -> str:
         ("state per text", f"{model.state_bytes(length):,} bytes after {length} tokens"),
         ("lagged cache", _cache(config, data.num_train_samples, model.dim)),
         ("steps", f"{config.trainer.max_steps:,} of {batch} blocks of {length} tokens"),
-        ("visits per sample", f"{visits:.2f} ({data.num_train_samples:,} training blocks)"),
+        ("visits per sample", _visits(data, visits)),
         ("validation", f"{data.num_validation_samples:,} blocks every {config.trainer.validate_every_steps:,} steps"),
         ("memory, about", f"{_memory_bytes(config, parameters, data.vocab_size) / 2**20:,.0f} MiB"),
     ]
@@ -79,6 +79,12 @@ def _copies(parameters: dict[str, int], config: TrainConfig) -> float:
     value = 8 if config.runtime.precision == "64-true" else 4
     average = parameters["total"] if config.trainer.ema_decay is not None else 0
     return value * (parameters["total"] + 3 * parameters["trainable"] + average)
+
+
+def _visits(data: TextDataModule, visits: float) -> str:
+    if data.prepared.stream is not None:
+        return "1 in each pass over the corpus, which is streamed and not counted"
+    return f"{visits:.2f} ({data.num_train_samples:,} training blocks)"
 
 
 def _sweeps(config: TrainConfig) -> int:

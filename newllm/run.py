@@ -248,7 +248,7 @@ def _train_and_record(prepared: Prepared, record: RunRecord, started: float) -> 
         _fit(prepared, session)
     finally:
         verdicts += session.monitor.verdicts() if session.monitor is not None else [switched_off("monitor")]
-        record.update(guards=[asdict(verdict) for verdict in verdicts])
+        record.update(guards=[asdict(verdict) for verdict in verdicts], data=prepared.data.facts)
     reason = session.stop.reason or (session.stop_at.reason if session.stop_at is not None else None)
     last, best = last_and_best(read_metrics(folder))
     for logger in session.loggers:

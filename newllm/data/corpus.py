@@ -83,22 +83,34 @@ def prepare_text(
         ValueError: a document cannot be read, the text is too short, or validation holds too many unseen tokens.
     """
     tokenizer = open_tokenizer(source, rule, tokenizer_config, cache_dir=data.cache_dir)
-    warn_if_smaller(tokenizer, tokenizer_config)
     cached = open_streams(source, rule, tokenizer, cache_dir=data.cache_dir)
+    return described(cached, source.name, data, tokenizer, tokenizer_config)
+
+
+def described(
+    cached: CachedFolder, name: str, data: DataConfig, tokenizer: Tokenizer, tokenizer_config: TokenizerConfig
+) -> PreparedData:
+    """Return cached streams as blocks of tokens, with all that is known about them.
+
+    Raises:
+        ValueError: the text is too short, or validation holds too many unseen tokens.
+    """
+    warn_if_smaller(tokenizer, tokenizer_config)
     parts = {split: use_part(cached, split, tokenizer, data) for split in SPLITS}
     train, held_out = parts["train"], parts["validation"]
-    _check_length(source, parts, data)
+    _check_length(name, parts, data)
     share = unseen_share(held_out.target_counts, train.target_counts)
     check_unseen(share, data)
     facts = {
         "kind": data.kind,
-        "source": source.name,
+        "source": name,
         "targets_are_next_tokens": True,
         "split_rule": cached.meta["rule"],
         "splits": {split: part.facts for split, part in parts.items()},
         "validation_documents": [record["id"] for record in held_out.documents[:LISTED_DOCUMENTS]],
         "test_documents": [record["id"] for record in parts["test"].documents[:LISTED_DOCUMENTS]],
         "skipped": cached.meta["skipped"],
+        "parts": cached.meta["parts"],
         "unseen_share": share,
         **_entropies(train, held_out, tokenizer),
         "tokenizer": _tokenizer_facts(cached, tokenizer, tokenizer_config),
@@ -169,11 +181,11 @@ def warn_if_smaller(tokenizer: Tokenizer, config: TokenizerConfig) -> None:
         )
 
 
-def _check_length(source: Source, parts: dict[str, UsedPart], data: DataConfig) -> None:
+def _check_length(name: str, parts: dict[str, UsedPart], data: DataConfig) -> None:
     for split in ("train", "validation"):
         if parts[split].facts["blocks"] == 0:
             raise ValueError(
-                f"{source.name}: its {split} text has {parts[split].facts['tokens_left_out']} tokens, fewer than one "
+                f"{name}: its {split} text has {parts[split].facts['tokens_left_out']} tokens, fewer than one "
                 f"block. Allowed: at least {data.block_length + 1}, which is data.block_length + 1. "
                 "Lower data.block_length, change data.validation_share or give more text."
             )

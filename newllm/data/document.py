@@ -8,6 +8,11 @@ from functools import cached_property
 from typing import Any
 
 
+def text_hash(text: str) -> str:
+    """Return the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Document:
     """One text that is read from its beginning.
@@ -25,7 +30,7 @@ class Document:
     @cached_property
     def text_hash(self) -> str:
         """SHA-256 of the text; two documents with equal texts share it."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        return text_hash(self.text)
 
     @cached_property
     def num_bytes(self) -> int:

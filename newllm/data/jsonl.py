@@ -4,10 +4,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from newllm.config.schema import DataConfig, TokenizerConfig
+from newllm.config.corpus_data import CorpusConfig
+from newllm.config.schema import TokenizerConfig
 from newllm.data.corpus import prepare_text
 from newllm.data.document import Source
+from newllm.data.file_pieces import file_stream
 from newllm.data.prepared import PreparedData
+from newllm.data.records import RecordForm, text_form
+from newllm.data.split_rule import split_rule
+from newllm.data.streamed import prepare_streamed, stream_rule
 from newllm.data.text_files import content_hash, find_files, read_files
 
 if TYPE_CHECKING:
@@ -15,30 +20,34 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JsonlConfig(DataConfig):
+class JsonlConfig(CorpusConfig):
     """Local files of text."""
 
-    path: str | None  # a file, a folder or a pattern
     text_field: str  # field of a JSON object, or column of a parquet file, that holds the text
-    validation: str | None  # documents "first:last" (last excluded), or a file of its own; null chooses by hash
 
     def check(self, config: "TrainConfig") -> list[str]:
         """A source of local files needs to be told where they are."""
-        if self.path is not None:
-            return []
-        return ["data.path=null: is not given. Allowed: a file, folder or pattern. Set data.path=<path>."]
+        missing = "data.path=null: is not given. Allowed: a file, folder or pattern. Set data.path=<path>."
+        return [*CorpusConfig.check(self, config), *([missing] if self.path is None else [])]
+
+
+def file_source(path: str, form: RecordForm, *, kind: str) -> Source:
+    """Return local files as a source.
+
+    Raises:
+        ValueError: nothing is there, or a file cannot be read.
+    """
+    files, num_left_out = find_files(path)
+    signature = {"kind": kind, "form": form.signature, "sha256": content_hash(files), "left_out": num_left_out}
+    return Source(f"data.path={path}", signature, partial(read_files, files, form, kind, num_left_out))
 
 
 def prepare(data: JsonlConfig, tokenizer: TokenizerConfig) -> PreparedData:
     """Return local files as blocks of tokens."""
     assert data.path is not None, "the configuration refuses data=jsonl without data.path"
-    files, num_left_out = find_files(data.path)
-    signature = {
-        "kind": "jsonl",
-        "text_field": data.text_field,
-        "sha256": content_hash(files),
-        "left_out": num_left_out,
-    }
-    read = partial(read_files, files, data.text_field, "jsonl", num_left_out)
-    source = Source(f"data.path={data.path}", signature, read)
-    return prepare_text(source, data, tokenizer, validation=data.validation, text_field=data.text_field)
+    form = text_form(data.text_field)
+    if data.streaming:
+        stream = file_stream(data.path, form, kind="jsonl")
+        return prepare_streamed(stream, data, tokenizer, stream_rule(data.validation, data, form=form))
+    source = file_source(data.path, form, kind="jsonl")
+    return prepare_text(source, data, tokenizer, split_rule(data.validation, data, form=form))

@@ -14,6 +14,7 @@ from newllm.data.lanes import LaneBatches, TextBlocks, in_lanes
 from newllm.data.loader import EpochBatches, PositionLoader, make_loader
 from newllm.data.positions import PositionReading, positions_of
 from newllm.data.prepared import PreparedData, Samples
+from newllm.data.streamed_blocks import StreamedBlocks, StreamLoader, TextStream, make_stream_loader, read_so_far
 from newllm.data.tokenizer import Tokenizer
 from newllm.data.tokenizer_kinds import saved_tokenizer
 
@@ -36,6 +37,7 @@ class TextDataModule(LightningDataModule):
         self.in_lanes = in_lanes
         self.positions: PositionReading | None = None
         self._prepared: PreparedData | None = None
+        self._stream: StreamLoader | None = None  # the last one made, which training reads
 
     def prepare(self) -> None:
         """Read, tokenise or open the cache; the second call does nothing.
@@ -106,7 +108,8 @@ class TextDataModule(LightningDataModule):
     @property
     def facts(self) -> dict[str, Any]:
         """What run.json records of the data."""
-        return {**self.prepared.facts, "fingerprint": self.fingerprint}
+        read = {} if self._stream is None else {"read": read_so_far(self._stream)}
+        return {**self.prepared.facts, "fingerprint": self.fingerprint, **read}
 
     def compression_bits_per_byte(self) -> dict[str, float] | None:
         """Return bits per byte of the validation text after `xz` (-9e) and `zstd` (-19); None where there is no text."""
@@ -117,14 +120,16 @@ class TextDataModule(LightningDataModule):
         """Give training the single positions of the text instead of its blocks."""
         self.positions = reading
 
-    def train_dataloader(self) -> PositionLoader:
+    def train_dataloader(self) -> PositionLoader | StreamLoader:
         if self.positions is None:
             return self.block_dataloader()
         return self._position_loader(self.prepared.train, self.positions, shuffle=self.positions.shuffle)
 
-    def block_dataloader(self) -> PositionLoader:
+    def block_dataloader(self) -> PositionLoader | StreamLoader:
         """Return the loader of the training blocks, also where training reads positions."""
         config = self.data_config
+        if self.prepared.stream is not None:
+            return self._stream_loader(self.prepared.stream)
         return self._loader(
             self.prepared.train,
             config.batch_size,
@@ -176,6 +181,21 @@ class TextDataModule(LightningDataModule):
         )
         workers = self.data_config.num_workers if samples is self.prepared.train else 0
         return self._loader(positions, reading.batch_size, num_workers=workers, seed=self.seed, shuffle=shuffle)
+
+    def _stream_loader(self, text: TextStream) -> StreamLoader:
+        config = self.data_config
+        ranks: dict[str, int] = {}
+        if self.trainer is not None:
+            ranks = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        rows, rest = divmod(config.batch_size, ranks.get("world_size", 1))
+        if rest:
+            raise ValueError(
+                f"data.batch_size={config.batch_size}: does not divide among runtime.devices={ranks['world_size']}. "
+                f"Allowed when streaming: multiples of {ranks['world_size']}. Change one of them."
+            )
+        blocks = StreamedBlocks(text, rows, seed=self.seed, shuffle=config.shuffle, **ranks)
+        self._stream = make_stream_loader(blocks, num_workers=config.num_workers, pin_memory=torch.cuda.is_available())
+        return self._stream
 
     def _loader(
         self, samples: Samples, batch_size: int, *, num_workers: int, seed: int, shuffle: bool

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from newllm.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from newllm.data.streamed_blocks import TextStream
 
 Batch = dict[str, Tensor]
 """input_ids [B, T], labels [B, T] (-100: no target), sample_id [B] (all int64), starts_text [B, T] (bool)."""
@@ -33,6 +36,7 @@ class PreparedData:
         fingerprint: hash of the samples; equal fingerprints mean equal batches.
         facts: counts, entropies and the like; plain values that JSON can hold.
         targets_are_next_tokens: False where a label is another token than the one after its input.
+        stream: training text that is read on and on, of which `train` is but the beginning; None where `train` is all of it.
         validation_text: gives the UTF-8 bytes of all validation targets; None where there is no text.
     """
 
@@ -48,3 +52,4 @@ class PreparedData:
     facts: dict[str, Any]
     targets_are_next_tokens: bool
     validation_text: Callable[[], bytes] | None
+    stream: "TextStream | None" = None

@@ -69,9 +69,9 @@ def split_by_index(documents: list[Document], *, first: int, last: int, test_sha
     return _with_test(documents[:first] + documents[last:], chosen, test_share, f"documents {first}:{last}")
 
 
-def split_by_file(documents: list[Document], validation: list[Document], *, path: str, test_share: float) -> Split:
-    """Return a split whose validation comes from a file of its own; test comes out of the training source by rank."""
-    return _with_test(documents, validation, test_share, f"validation file {path}")
+def split_by_source(documents: list[Document], validation: list[Document], *, name: str, test_share: float) -> Split:
+    """Return a split whose validation comes from a source of its own; test comes out of the training source by rank."""
+    return _with_test(documents, validation, test_share, f"validation {name}")
 
 
 def _with_test(rest: list[Document], validation: list[Document], test_share: float, rule: str) -> Split:

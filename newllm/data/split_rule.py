@@ -1,7 +1,6 @@
 """The key `data.validation`, read: how documents are to be split, and what a cache must know of it."""
 
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +8,8 @@ from typing import Any
 
 from newllm.config.schema import DataConfig
 from newllm.data.document import Document, Source, read_source
-from newllm.data.split import Split, split_by_file, split_by_hash, split_by_index
+from newllm.data.records import RecordForm
+from newllm.data.split import Split, split_by_hash, split_by_index, split_by_source
 from newllm.data.text_files import content_hash, find_files, read_files
 
 INDEX_RANGE = re.compile(r"(\d+):(\d+)")
@@ -28,13 +28,13 @@ class SplitRule:
     apply: Callable[[list[Document]], Split]
 
 
-def split_rule(validation: str | None, data: DataConfig, *, text_field: str) -> SplitRule:
+def split_rule(validation: str | None, data: DataConfig, *, form: RecordForm) -> SplitRule:
     """Return the rule that the configuration asks for.
 
     Args:
         validation: null (by hash), "first:last" (documents of the source, last excluded), or a file of its own.
         data: the shares.
-        text_field: field of the text in a validation file.
+        form: of the records of a validation file.
     Raises:
         ValueError: the value is none of these.
     """
@@ -48,7 +48,7 @@ def split_rule(validation: str | None, data: DataConfig, *, text_field: str) -> 
         )
     if (indices := INDEX_RANGE.fullmatch(validation)) is not None:
         return _by_index(int(indices[1]), int(indices[2]), data.test_share)
-    return _by_file(validation, text_field, data.test_share)
+    return _by_file(validation, form, data.test_share)
 
 
 def _by_index(first: int, last: int, test_share: float) -> SplitRule:
@@ -60,15 +60,18 @@ def _by_index(first: int, last: int, test_share: float) -> SplitRule:
     return SplitRule(signature, partial(split_by_index, first=first, last=last, test_share=test_share))
 
 
-def _by_file(path: str, text_field: str, test_share: float) -> SplitRule:
+def _by_file(path: str, form: RecordForm, test_share: float) -> SplitRule:
     files, _ = find_files(path, key="data.validation")
-    signature = {"rule": "file", "sha256": content_hash(files), "test_share": test_share}
+    read = partial(read_files, files, form, "validation", 0)
+    signature = {"sha256": content_hash(files), "form": form.signature}
+    return rule_by_source(Source(f"data.validation={path}", signature, read), test_share)
 
-    def read(skipped: Counter[str]) -> Any:
-        return read_files(files, text_field, "validation", 0, skipped)
+
+def rule_by_source(validation: Source, test_share: float) -> SplitRule:
+    """Return the rule that validates on all of a source of its own; test comes out of the training source by hash."""
 
     def apply(documents: list[Document]) -> Split:
-        held_out = read_source(Source(f"data.validation={path}", signature, read)).documents
-        return split_by_file(documents, held_out, path=path, test_share=test_share)
+        held_out = read_source(validation).documents
+        return split_by_source(documents, held_out, name=validation.name, test_share=test_share)
 
-    return SplitRule(signature, apply)
+    return SplitRule({"rule": "source", "validation": validation.signature, "test_share": test_share}, apply)

@@ -12,6 +12,8 @@ from newllm.config.schema import DataConfig, TokenizerConfig
 from newllm.data.corpus import prepare_text
 from newllm.data.document import Document, Source
 from newllm.data.prepared import PreparedData
+from newllm.data.records import text_form
+from newllm.data.split_rule import split_rule
 from newllm.data.text_files import content_hash
 
 # Installed packages are not the library; tests hold made-up data and files broken on purpose.
@@ -52,4 +54,5 @@ def prepare(data: StdlibConfig, tokenizer: TokenizerConfig) -> PreparedData:
     folder = Path(sysconfig.get_path("stdlib"))
     signature = {"kind": "stdlib", "sha256": content_hash(module_files(folder))}
     source = Source("stdlib", signature, partial(read_modules, folder))
-    return prepare_text(source, data, tokenizer, validation=data.validation)
+    rule = split_rule(data.validation, data, form=text_form("text"))
+    return prepare_text(source, data, tokenizer, rule)

@@ -1,22 +1,25 @@
 """Documents to streams of ids on disk: each split one file, EOS after each document."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+from tqdm import tqdm
 
 from newllm.config.schema import TokenizerConfig
 from newllm.data.document import Document, Source, read_source
+from newllm.data.split import Split
 from newllm.data.split_rule import SplitRule
 from newllm.data.token_cache import CachedFolder, open_or_build
 from newllm.data.tokenizer import Tokenizer, load_tokenizer
 from newllm.data.tokenizer_kinds import describe_training, ready_tokenizer, train_tokenizer
 
 SPLITS = ("train", "validation", "test")
-TOKENIZE_CHARACTERS = 1 << 23  # texts tokenised at once: enough to keep all threads busy, little enough to hold
+TOKENIZE_CHARACTERS = 1 << 19  # texts tokenised at once: all threads are busy; the library needs 100 bytes for each
 TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -42,8 +45,8 @@ def open_streams(source: Source, rule: SplitRule, tokenizer: Tokenizer, *, cache
     """Return the cached streams `train.bin`, `validation.bin`, `test.bin` of a source.
 
     The cache is named by the tokenizer itself, not by how it came about: a run's saved tokenizer finds the run's cache.
-    Its meta holds: dtype, skipped (by reason), rule (words), tokenize_seconds, and for each split the documents in
-    order, each with id, hash, bytes and tokens.
+    Its meta holds: dtype, skipped (by reason), parts (documents of each part of the source), rule (words), tokenize_seconds,
+    and for each split the documents in order, each with id, hash, bytes and tokens.
     """
     described = {"json": tokenizer.to_json(), "vocab_size": tokenizer.vocab_size}
     key = {"source": source.signature, "split": rule.signature, "tokenizer": described}
@@ -52,16 +55,22 @@ def open_streams(source: Source, rule: SplitRule, tokenizer: Tokenizer, *, cache
 
 def _write_streams(source: Source, rule: SplitRule, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
     reading = read_source(source)
-    split = rule.apply(reading.documents)
+    return write_split(folder, rule.apply(reading.documents), reading.skipped, tokenizer)
+
+
+def write_split(folder: Path, split: Split, skipped: dict[str, int], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Write `train.bin`, `validation.bin` and `test.bin` and return what is recorded of them."""
+    parts = (split.train, split.validation, split.test)
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     start = time.perf_counter()
     documents = {
         name: write_stream(folder / f"{name}.bin", part, tokenizer, dtype)
-        for name, part in zip(SPLITS, (split.train, split.validation, split.test), strict=True)
+        for name, part in zip(SPLITS, parts, strict=True)
     }
     return {
         "dtype": dtype.name,
-        "skipped": reading.skipped,
+        "skipped": skipped,
+        "parts": dict(sorted(Counter(document.source for part in parts for document in part).items())),
         "rule": split.rule,
         "tokenize_seconds": time.perf_counter() - start,
         "documents": documents,
@@ -71,13 +80,31 @@ def _write_streams(source: Source, rule: SplitRule, tokenizer: Tokenizer, folder
 def write_stream(path: Path, documents: list[Document], tokenizer: Tokenizer, dtype: np.dtype) -> list[dict[str, Any]]:
     """Write the ids of the documents, EOS after each, and return what is recorded of them."""
     rows = []
-    with path.open("wb") as file:
-        for group in _groups(documents):
-            for document, ids in zip(group, _encode(group, tokenizer), strict=True):
-                _check_no_end(document, ids, tokenizer)
-                np.append(ids, tokenizer.eos_id).astype(dtype).tofile(file)
-                rows.append(_record(document, num_tokens=len(ids) + 1))
+    with path.open("wb") as file, _progress(path.stem, documents) as progress:
+        for document, ids in encode_documents(documents, tokenizer):
+            np.append(ids, tokenizer.eos_id).astype(dtype).tofile(file)
+            rows.append(_record(document, num_tokens=len(ids) + 1))
+            progress.update(len(document.text))
     return rows
+
+
+def encode_documents(documents: list[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
+    """Yield each document with its ids, without EOS; several threads share the work.
+
+    Raises:
+        ValueError: a text cannot be encoded, or holds what the tokenizer reads as the end of a text.
+    """
+    for group in _groups(documents):
+        for document, ids in zip(group, _encode(group, tokenizer), strict=True):
+            _check_no_end(document, ids, tokenizer)
+            yield document, ids
+
+
+def _progress(name: str, documents: list[Document]) -> "tqdm[NoReturn]":
+    """Return a bar over the characters of the documents, on a terminal, for work of more than a few seconds."""
+    total = sum(len(document.text) for document in documents)
+    label = f"tokenising {name}"
+    return tqdm(total=total, desc=label, unit=" characters", unit_scale=True, delay=2, disable=None, leave=False)
 
 
 def _encode(group: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]:

@@ -6,15 +6,18 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from newllm.data.decompression import DECOMPRESSORS, OTHER_COMPRESSIONS, read_chunks
 from newllm.data.document import Document
+from newllm.data.records import RecordForm
 
 READABLE = (".jsonl", ".txt", ".parquet")
 ALLOWED = ".jsonl, .txt (each also .gz, or .zst with the package zstandard), .parquet"
 ROWS_PER_READ = 1024
+BLANK = object()  # what a line without anything on it says
 
 
 def find_files(path: str, *, key: str = "data.path") -> tuple[list[Path], int]:
@@ -79,38 +82,63 @@ def content_hash(files: list[Path]) -> str:
 
 
 def read_files(
-    files: list[Path], text_field: str, source: str, num_left_out: int, skipped: Counter[str]
+    files: list[Path], form: RecordForm, source: str, num_left_out: int, skipped: Counter[str]
 ) -> Iterator[Document]:
     """Yield the documents of the files in order; ids are file names with line or row numbers, counted from 1.
 
     Args:
         files: what find_files found.
-        text_field: field of a JSON object, or column of a table, that holds the text.
-        source: name of the source, kept in every document.
+        form: how a record, or a row of a table, becomes a text.
+        source: name of the source, kept in every document whose record names none of its own.
         num_left_out: files of other types beside them, to be counted as skipped.
         skipped: counter of what is skipped, by reason.
     Raises:
         ValueError: a file is damaged, is not UTF-8, or a line has no text; the message names file and place.
     """
     skipped.update({"file of another type": num_left_out} if num_left_out else {})
-    root = os.path.commonpath([file.parent for file in files])
+    root = common_folder(files)
     for path in files:
         name = path.relative_to(root).as_posix()
         match text_format(path):
             case ".txt":
-                yield Document(_decode(b"".join(read_chunks(path)), path, 0), name, source)
+                yield Document(read_text_file(path, form), name, source)
             case ".parquet":
-                for row, text in enumerate(_parquet_texts(path, text_field), start=1):
-                    yield Document(text, f"{name}:{row}", source)
+                for row, record in read_table(path, form):
+                    text = form.read(record, f"{path} row {row}")
+                    yield Document(text, f"{name}:{row}", form.source_of(record) or source)
             case _:
-                for number, text in _jsonl_texts(path, text_field, skipped):
-                    yield Document(text, f"{name}:{number}", source)
+                for number, (start, line) in enumerate(split_lines(read_chunks(path)), start=1):
+                    record = parse_line(line, path, start, number)
+                    if record is BLANK:
+                        skipped["blank line"] += 1
+                        continue
+                    text = form.read(record, f"{path} line {number}")
+                    yield Document(text, f"{name}:{number}", form.source_of(record) or source)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def common_folder(files: list[Path]) -> Path:
+    """Return the folder that ids of documents are told from."""
+    return Path(os.path.commonpath([file.parent for file in files]))
+
+
+def read_text_file(path: Path, form: RecordForm) -> str:
+    """Return the text of a .txt file.
+
+    Raises:
+        ValueError: records of this form cannot stand in one.
+    """
+    if not form.is_plain:
+        raise ValueError(
+            f"{path}: is plain text, which has no field {form.field}. Allowed: .jsonl and .parquet. "
+            "Choose data=jsonl or convert the file."
+        )
+    return decode(b"".join(read_chunks(path)), path, 0)
+
+
+def split_lines(chunks: Iterable[bytes], start: int = 0) -> Iterator[tuple[int, bytes]]:
     """Yield each line with the byte at which it begins."""
-    start, rest = 0, b""
-    for chunk in read_chunks(path):
+    rest = b""
+    for chunk in chunks:
         *whole, rest = (rest + chunk).split(b"\n")
         for line in whole:
             yield start, line
@@ -119,58 +147,59 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         yield start, rest
 
 
-def _jsonl_texts(path: Path, text_field: str, skipped: Counter[str]) -> Iterator[tuple[int, str]]:
-    for number, (start, line) in enumerate(_lines(path), start=1):
-        text_line = _decode(line, path, start)
-        if not text_line.strip():
-            skipped["blank line"] += 1
-            continue
-        try:
-            record = json.loads(text_line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path} line {number}: is not JSON ({error.msg} at column {error.colno}). "
-                "Allowed: one JSON object per line. Correct the line."
-            ) from None
-        text = record.get(text_field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise ValueError(_no_text(f"{path} line {number}", text_field, record))
-        yield number, text
+def parse_line(line: bytes, path: Path, start: int, number: int) -> Any:
+    """Return what a line of JSON says; BLANK if nothing.
+
+    Args:
+        line: bytes without the line's end.
+        path: for messages.
+        start: byte of the (decompressed) file at which it begins.
+        number: of the line, from 1.
+    Raises:
+        ValueError: it is not UTF-8 or not JSON.
+    """
+    text_line = decode(line, path, start)
+    if not text_line.strip():
+        return BLANK
+    try:
+        return json.loads(text_line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} line {number}: is not JSON ({error.msg} at column {error.colno}). "
+            "Allowed: one JSON object per line. Correct the line."
+        ) from None
 
 
-def _no_text(where: str, text_field: str, record: object) -> str:
-    if not isinstance(record, dict):
-        return f"{where}: is not a JSON object. Allowed: an object with the field {text_field}. Correct the line."
-    fields = ", ".join(sorted(key for key, value in record.items() if isinstance(value, str))) or "none"
-    what = f"has no text field {text_field}" if text_field not in record else f"has no text in its field {text_field}"
-    return f"{where}: {what}. Allowed: fields with text, here {fields}. Set data.text_field or correct the line."
+def read_table(path: Path, form: RecordForm) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield each row of a parquet file, counted from 1, with the columns that the form reads.
 
-
-def _parquet_texts(path: Path, text_field: str) -> Iterator[str]:
+    Raises:
+        ValueError: the file is damaged or lacks the column.
+    """
     import pyarrow
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        if text_field not in file.schema_arrow.names:
-            columns = ", ".join(sorted(file.schema_arrow.names))
+        names = file.schema_arrow.names
+        if form.field not in names:
             raise ValueError(
-                f"{path}: has no text field {text_field}. Allowed: its columns, {columns}. Set data.text_field."
+                f"{path}: has no {form.expected} field {form.field}. Allowed: its columns, {', '.join(sorted(names))}. "
+                f"{form.advice}"
             )
+        columns = [form.field, *(name for name in form.other_fields if name in names)]
         row = 0
-        for batch in file.iter_batches(batch_size=ROWS_PER_READ, columns=[text_field]):
-            for text in batch.column(0).to_pylist():
+        for batch in file.iter_batches(batch_size=ROWS_PER_READ, columns=columns):
+            for record in batch.to_pylist():
                 row += 1
-                if not isinstance(text, str):
-                    raise ValueError(_no_text(f"{path} row {row}", text_field, {text_field: text}))
-                yield text
+                yield row, record
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
             f"{path}: is damaged or no parquet file ({error}). Allowed: a whole parquet file. Copy it again."
         ) from None
 
 
-def _decode(line: bytes, path: Path, start: int) -> str:
+def decode(line: bytes, path: Path, start: int) -> str:
     """Decode one line; `start` is the byte of the (decompressed) file at which it begins."""
     mark = len(codecs.BOM_UTF8) if start == 0 and line.startswith(codecs.BOM_UTF8) else 0
     try:

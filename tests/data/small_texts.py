@@ -60,10 +60,15 @@ def shared_keys(folder: Path, **changes: Any) -> dict[str, Any]:
     return keys | changes
 
 
+def streaming_keys(**changes: Any) -> dict[str, Any]:
+    """Return the keys of every corpus that can be streamed."""
+    return {"streaming": False, "shuffle_buffer": 400, "sample_characters": 3000} | changes
+
+
 def jsonl_config(corpus: Path, **changes: Any) -> JsonlConfig:
     """Return a configuration of local files, its cache beside them."""
     folder = corpus if corpus.is_dir() else corpus.parent
-    own = {"kind": "jsonl", "path": str(corpus), "text_field": "text", "validation": None}
+    own = {"kind": "jsonl", "path": str(corpus), "text_field": "text", "validation": None, **streaming_keys()}
     return JsonlConfig(**shared_keys(folder, **(own | changes)))
 
 

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from newllm.data.document import Document
-from newllm.data.split import Split, rank, split_by_file, split_by_hash, split_by_index
+from newllm.data.split import Split, rank, split_by_hash, split_by_index, split_by_source
 
 
 def documents(number: int) -> list[Document]:
@@ -69,11 +69,11 @@ def test_more_validation_indices_than_documents_are_refused(first: int, last: in
 def test_validation_of_its_own_leaves_all_other_documents_to_training_and_test() -> None:
     own = [Document("another", "another", "made")]
 
-    split = split_by_file(documents(10), own, path="x.jsonl", test_share=0.1)
+    split = split_by_source(documents(10), own, name="x.jsonl", test_share=0.1)
 
     assert split.validation == own
     assert (len(split.train), len(split.test)) == (9, 1)
-    assert "validation file x.jsonl" in split.rule
+    assert "validation x.jsonl" in split.rule
 
 
 def lone_split(text: str, **shares: float) -> Split:

@@ -9,12 +9,13 @@ import pytest
 import zstandard
 
 from newllm.data.document import Document
+from newllm.data.records import text_form
 from newllm.data.text_files import find_files, read_files
 
 
 def read(*files: Path, text_field: str = "text") -> tuple[list[Document], Counter[str]]:
     skipped: Counter[str] = Counter()
-    return list(read_files(list(files), text_field, "made", 0, skipped)), skipped
+    return list(read_files(list(files), text_form(text_field), "made", 0, skipped)), skipped
 
 
 def texts(*files: Path, text_field: str = "text") -> list[str]:

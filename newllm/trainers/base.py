@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning
@@ -91,18 +90,6 @@ class TrainingModule(lightning.LightningModule):
     def accumulate_batches(self) -> int:
         """Batches whose gradients make one optimizer step."""
         return self.config.trainer.accumulate_batches
-
-    def first_run(self) -> TrainConfig | None:
-        """Return the configuration of a run that must be made first, for its folder to be taken over; None where there is none."""
-        return None
-
-    def take(self, folder: Path) -> None:
-        """Take over what the run that was made first came to.
-
-        Args:
-            folder: of that run, finished.
-        """
-        raise NotImplementedError(f"{type(self).__name__} builds on no other run")
 
     def first_run(self) -> TrainConfig | None:
         """Return the configuration of a run that must be made first, for its folder to be taken over; None where there is none."""

@@ -39,7 +39,12 @@ def run_job(job: Job, script: Path) -> float | None:
     """
     sweep = Path(os.environ[SWEEP])
     record = JobRecord(
-        number=int(HydraConfig.get().job.num), overrides=job.overrides, folder=str(job.folder), status="running"
+        number=int(HydraConfig.get().job.num),
+        overrides=job.overrides,
+        folder=str(job.folder),
+        status="running",
+        started=time.time(),
+        device=os.environ.get("CUDA_VISIBLE_DEVICES") or None,
     )
     started = time.monotonic()
     try:

@@ -24,6 +24,8 @@ class JobRecord:
         val_loss: last validation loss, nats per token.
         seconds: duration of this session.
         reason: why it failed or stopped, in words.
+        started: when this session began, seconds since 1970.
+        device: the devices its launcher gave it (CUDA_VISIBLE_DEVICES); None where it gave none.
     """
 
     number: int
@@ -33,6 +35,8 @@ class JobRecord:
     val_loss: float | None = None
     seconds: float | None = None
     reason: str = ""
+    started: float | None = None
+    device: str | None = None
 
     @property
     def name(self) -> str:

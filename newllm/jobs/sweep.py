@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from newllm.config.overrides import quoted
 from newllm.jobs.job import SWEEP
+from newllm.jobs.live import LiveTable, counted
 from newllm.jobs.record import JobRecord, read_records
 from newllm.report.tables import Table, as_text, number
 
@@ -22,33 +23,43 @@ LOOK_EVERY_SECONDS = 0.5
 class Narrator:
     """Prints a line on stderr whenever a job begins, ends or fails; launchers say it late, or not at all.
 
+    On a terminal a table of the running jobs stands below the lines.
+
     Args:
         sweep: folder with the records of the jobs.
     """
 
     def __init__(self, sweep: Path) -> None:
         self.sweep = sweep
+        self._table = LiveTable(sys.stderr) if sys.stderr.isatty() else None
         self._told: dict[int, str] = {}
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> None:
+        if self._table is not None:
+            self._table.start()
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
         self._thread.join()
         self._look()
+        if self._table is not None:
+            self._table.stop()
 
     def _follow(self) -> None:
         while not self._is_over.wait(LOOK_EVERY_SECONDS):
             self._look()
 
     def _look(self) -> None:
-        for record in read_records(self.sweep):
+        records = list(read_records(self.sweep))
+        for record in records:
             if self._told.get(record.number) != record.status:
                 self._told[record.number] = record.status
                 print(told(record), file=sys.stderr, flush=True)
+        if self._table is not None:
+            self._table.show(records)
 
 
 def told(record: JobRecord) -> str:
@@ -116,9 +127,8 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _sum_up(records: Sequence[JobRecord]) -> None:
-    statuses = [record.status for record in records]
-    counted = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
-    advice = " The same command again runs those that are not done." if set(statuses) - {"done", "skipped"} else ""
-    print(f"\n{table(records)}\n\n{len(records)} jobs: {counted}.{advice}")
+    is_open = {record.status for record in records} - {"done", "skipped"}
+    advice = " The same command again runs those that are not done." if is_open else ""
+    print(f"\n{table(records)}\n\n{len(records)} jobs: {counted(records)}.{advice}")
     folders = dict.fromkeys(str(Path(record.folder).parent) for record in records)
     print(f"sweep: {' '.join(folders)}", flush=True)

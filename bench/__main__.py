@@ -22,6 +22,7 @@ BENCHES = {
     "memory_layers": "Cost per token of the memory layers",
     "fixed_points": "Sweeps beside torchdeq's solver",
     "session": "A session over a million tokens",
+    "cvfp_phase1": "CVFP phase 1 against exact passes and steps for every token",
     "lct_speed": "Lagged Cache Training against exact training",
     "scaling": "How cost grows",
 }

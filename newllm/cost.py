@@ -7,8 +7,9 @@ import torch
 
 from newllm.config.schema import TrainConfig
 from newllm.data.module import TextDataModule, build_data
-from newllm.models.base import count_parameters
+from newllm.models.base import LanguageModel, count_parameters
 from newllm.models.create import build_model
+from newllm.trainers.build import training_module_class
 from newllm.trainers.lagged_cache import DTYPES, cache_bytes
 
 
@@ -29,10 +30,7 @@ def describe_cost(config: TrainConfig) -> str:
     rows = [
         ("parameters", f"{parameters['total']:,} ({parameters['trainable']:,} trained)"),
         ("forward FLOPs per token", f"{flops:,.0f} at {length} tokens"),
-        (
-            "training FLOPs",
-            f"{3 * flops * _sweeps(config) * batch * length * config.trainer.max_steps:.3g} (forward and backward)",
-        ),
+        ("training FLOPs", _training_flops(config, model)),
         ("state per text", f"{model.state_bytes(length):,} bytes after {length} tokens"),
         ("lagged cache", _cache(config, data.num_train_samples, model.dim)),
         ("steps", f"{config.trainer.max_steps:,} of {batch} blocks of {length} tokens"),
@@ -85,6 +83,14 @@ def _visits(data: TextDataModule, visits: float) -> str:
     if data.prepared.stream is not None:
         return "1 in each pass over the corpus, which is streamed and not counted"
     return f"{visits:.2f} ({data.num_train_samples:,} training blocks)"
+
+
+def _training_flops(config: TrainConfig, model: LanguageModel) -> str:
+    per_token = training_module_class(config.trainer.kind).training_flops_per_token(model, config)
+    if per_token is None:
+        return "not known before"
+    tokens = config.data.batch_size * config.trainer.accumulate_batches * config.data.block_length
+    return f"{per_token * tokens * config.trainer.max_steps:.3g} ({per_token:,.0f} per token, forward and backward)"
 
 
 def _sweeps(config: TrainConfig) -> int:

@@ -21,6 +21,7 @@ from newllm.callbacks.csv_table import CsvTable
 from newllm.callbacks.eager_validation import EagerValidation
 from newllm.callbacks.logger import Logger
 from newllm.callbacks.probe import Probe
+from newllm.callbacks.profile import ProfileSteps
 from newllm.callbacks.progress import Progress
 from newllm.callbacks.samples import Samples
 from newllm.callbacks.stop import StopAtStep, StopOnSignal
@@ -307,7 +308,7 @@ def _session(prepared: Prepared) -> Session:
         folder,
         log_every_steps=config.trainer.log_every_steps,
         loggers=loggers,
-        train_flops_per_token=round(3 * prepared.model.flops_per_token(config.data.block_length)),
+        train_flops_per_token=prepared.module.training_flops_per_token(prepared.model, config),
         precision=config.runtime.precision,
     )
     is_pretrained = getattr(config.model, "pretrained", None) is not None
@@ -340,6 +341,7 @@ def _callbacks(prepared: Prepared, session: Session) -> list[Callback]:
     config, module = prepared.config, prepared.module
     options = config.callbacks
     found: list[Callback | None] = [
+        ProfileSteps(prepared.folder) if config.profile else None,
         None if options.lag_every_steps is None else Probe(every_steps=options.lag_every_steps),
         session.telemetry,
         session.monitor,

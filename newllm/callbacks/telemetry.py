@@ -52,7 +52,7 @@ class Telemetry(Callback):
         *,
         log_every_steps: int,
         loggers: Sequence[Logger],
-        train_flops_per_token: int | None = None,
+        train_flops_per_token: float | None = None,
         precision: str = "32-true",
     ) -> None:
         self.folder = Path(folder)

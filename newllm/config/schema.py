@@ -286,6 +286,7 @@ class TrainConfig:
     name: str  # the run lies in <output_dir>/<name>/
     seed: Annotated[int, Range(minimum=0, maximum=2**32 - 1)]
     check: bool  # build on the meta device, print sizes, do not train
+    profile: bool  # write a trace of a few steps and their dearest operations into the run folder
     resume: str | None  # run folder to continue, or auto
     stop_at_step: Annotated[int | None, Range(minimum=1)]  # optimizer step after which the session saves and ends
     output_dir: str

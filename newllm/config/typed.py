@@ -17,6 +17,7 @@ RUN_INDEPENDENT = (
     "callbacks",
     "resume",
     "check",
+    "profile",
     "stop_at_step",
     "output_dir",
     "data.num_workers",

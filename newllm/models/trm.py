@@ -207,6 +207,13 @@ class TrmLM(LanguageModel):
         blocks = self.num_applications * block.flops_per_token(length)
         return pairs * inputs + blocks + 2 * self.head.weight.numel()
 
+    def training_flops_per_token(self, length: int) -> float:
+        """Cycles without gradient cost a pass only; every supervision step's answer is scored and judged, and the way back from it."""
+        head = self.head_flops_per_token()
+        cycles = self.flops_per_token(length) - head
+        scores = self.supervision_steps * (head + 2 * self.halting_gate.weight.numel())
+        return cycles * (1 + 2 / self.deep_steps) + 3 * scores
+
     def state_bytes(self, length: int) -> int:
         return self.num_applications * 2 * length * self.dim * 4
 

@@ -89,6 +89,17 @@ class LctModule(TrainingModule):
                 path=folder / "lagged_cache.bin" if self.options.cache == "disk" else None,
             )
 
+    @classmethod
+    def training_flops_per_token(cls, model: LanguageModel, config: TrainConfig) -> float | None:
+        """K sweeps with gradient and one scoring; without a cache also the sweeps that every batch starts with."""
+        options: LctConfig = config.trainer  # type: ignore[assignment]  # the schema of trainer=lct
+        if options.sweeps == "auto":
+            return None
+        head = model.head_flops_per_token()
+        sweep = model.flops_per_token(config.data.block_length) - head
+        first = options.init_sweeps if options.cache == "none" else 0
+        return (3 * options.sweeps + first) * sweep + 3 * head
+
     def states(self, batch: Batch) -> Tensor:
         self.step_state = start = self.lagged_states(batch)
         step = sweep_map(self.model, batch["input_ids"])

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from newllm.config.schema import TrainerConfig
+from newllm.config.schema import TrainConfig, TrainerConfig
 from newllm.losses.fixed_skip import FixedSkipLoss
 from newllm.losses.halting import HaltingLoss, halting_log_shares, step_nats
 from newllm.losses.next_token import NO_TARGET
+from newllm.models.base import LanguageModel
 from newllm.models.selective import SelectiveLM
 from newllm.trainers.base import Batch, TrainingModule
 
@@ -43,6 +44,14 @@ class SelectiveModule(TrainingModule):
 
     model: SelectiveLM
     loss: FixedSkipLoss | HaltingLoss
+
+    @classmethod
+    def training_flops_per_token(cls, model: LanguageModel, config: TrainConfig) -> float | None:
+        """With learned halting every step is scored, not only the one that emits."""
+        emitting = super().training_flops_per_token(model, config)
+        assert emitting is not None, "no number of passes is decided while training"
+        scored = getattr(model, "skip_interval", 1) if config.loss.kind == "halting" else 1
+        return emitting + 3 * (scored - 1) * model.head_flops_per_token()
 
     def states(self, batch: Batch) -> Tensor:
         """Return the hidden states of all steps [B, T, s, D]."""

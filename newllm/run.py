@@ -35,6 +35,7 @@ from newllm.config.run_folder import FIRST_PHASE, can_resume
 from newllm.config.schema import TrainConfig
 from newllm.config.typed import config_hash, plain, real_config
 from newllm.cost import check_memory, describe_cost
+from newllm.data.loader import dead_workers_named
 from newllm.data.module import TextDataModule, build_data
 from newllm.embedding import embedding_table, freeze_embedding, set_embedding, token_embedding
 from newllm.evaluation.suite import run_suite
@@ -131,10 +132,14 @@ def _recorded(prepared: Prepared, overrides: list[str]) -> float | None:
     """Train and evaluate; the record in the folder says how it ended, whatever happens."""
     config, folder, started = prepared.config, prepared.folder, time.monotonic()
     record = RunRecord(folder)
-    record.begin(
-        config=plain(config), seed=config.seed, config_hash=config_hash(config), overrides=overrides, **_facts(prepared)
-    )
     try:
+        record.begin(
+            config=plain(config),
+            seed=config.seed,
+            config_hash=config_hash(config),
+            overrides=overrides,
+            **_facts(prepared),
+        )
         return _train_and_record(prepared, record, started)
     except BaseException as error:
         with suppress(OSError):  # the full disk that ended the run: its own message is the one to see
@@ -145,6 +150,8 @@ def _recorded(prepared: Prepared, overrides: list[str]) -> float | None:
 
 
 def _record_end(record: RunRecord, error: BaseException, *, wall_seconds: float) -> None:
+    if not record.facts:  # it could not begin
+        return
     if not isinstance(error, SystemExit):
         record.fail(error, wall_seconds=wall_seconds)
     elif record.facts["status"] == "running":  # told to stop before the first step
@@ -396,5 +403,5 @@ def _fit(prepared: Prepared, session: Session) -> None:
         use_distributed_sampler=False,
         callbacks=_callbacks(prepared, session),
     )
-    with session.stop:
+    with session.stop, dead_workers_named(config.data.num_workers):
         trainer.fit(module, datamodule=prepared.data, ckpt_path=prepared.checkpoint)

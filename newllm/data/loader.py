@@ -9,6 +9,7 @@ import multiprocessing
 import signal
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -166,6 +167,28 @@ def end_loader_processes() -> None:
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
+
+
+def _death_in(error: BaseException | None) -> str | None:
+    """Return what torch says of a dead loader process, in the error or in one that it followed from."""
+    while error is not None and "DataLoader worker" not in str(error):
+        error = error.__cause__ or error.__context__
+    return None if error is None else str(error).strip()
+
+
+@contextmanager
+def dead_workers_named(num_workers: int) -> Iterator[None]:
+    """Say in the block's error what it means when a loader process has died."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = _death_in(error)
+        if reason is None:
+            raise
+        raise RuntimeError(
+            f"data.num_workers={num_workers}: a loader process has died ({reason}). Allowed: processes that live. "
+            "Most often memory was short: lower data.num_workers or data.batch_size, and resume the run."
+        ) from error
 
 
 def make_loader(samples: Samples, batches: EpochBatches, *, num_workers: int, pin_memory: bool) -> PositionLoader:

@@ -17,7 +17,7 @@ from newllm.state import tensors_of
 
 SHORT, LONG = 10_000, 1_000_000  # tokens
 CHUNKS = (512, 300)  # tokens of a pass: whole segments, and passes that end inside one
-# (name shown, model, keys): every kind of memory with attention of a fixed window above it.
+# (name shown, layer, keys): every kind of memory. Attention of a fixed window stands below it: so what is written is computed, too.
 READERS: dict[str, tuple[str, dict[str, Any]]] = {
     "infini, delta rule": ("infini", {}),
     "multi_memory": ("multi_memory", {}),
@@ -28,11 +28,11 @@ READERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def session(name: str, chunk_tokens: int) -> MemorySession:
     """Return a reader of two layers of 64, with random weights: neither memory nor rounding depends on what they know."""
-    model, keys = READERS[name]
+    layer, keys = READERS[name]
     tokenizer = ready_tokenizer(TokenizerConfig(kind="bytes", vocab_size=None, path=None))
     assert tokenizer is not None, "bytes need no training"
     sizes = {"dim": 64, "num_layers": 2, "num_heads": 2, "mlp_dim": 128, "window": 64, "segment_length": 64}
-    found = create_model(model, vocab_size=tokenizer.vocab_size, seed=0, **sizes, **keys)
+    found = create_model("infini", stack=["pythia", layer], vocab_size=tokenizer.vocab_size, seed=0, **sizes, **keys)
     return MemorySession(found.eval(), tokenizer, chunk_tokens=chunk_tokens)
 
 

@@ -21,7 +21,17 @@ def test_every_rung_makes_the_flops_of_the_last() -> None:
     costs = {name: flops(name) for name in RUNGS}
 
     assert len(costs) == 7
-    assert costs == pytest.approx(dict.fromkeys(RUNGS, costs[RUNGS[-1]]), rel=0.01)
+    assert costs == pytest.approx(dict.fromkeys(RUNGS, costs[RUNGS[-1]]), rel=1e-9)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_controls_of_carried_steps_make_their_flops(steps: int) -> None:
+    costs = {
+        name: flops(name) for name in options("experiment") if name is not None and name.startswith(f"skip_{steps}")
+    }
+
+    assert len(costs) == 4
+    assert costs == pytest.approx(dict.fromkeys(costs, costs[f"skip_{steps}"]), rel=0.01)
 
 
 def test_steps_of_a_token_cost_the_same_whatever_they_carry() -> None:

@@ -24,10 +24,11 @@ from newllm.run_record import read_metrics, read_run
 SCRIPT = Path(__file__).resolve().parents[1] / "train.py"
 SEED = 0
 KILLS_PER_RUN = 3  # then it may finish
+STEPS = 60
 TINY = [
     *("data=bible", "tokenizer=bytes", "data.block_length=32", "data.batch_size=4", "data.eval_batch_size=4"),
     *("size.dim=16", "size.num_layers=2", "size.num_heads=2", "size.mlp_dim=32", "layers.segment_length=16"),
-    *("trainer.max_steps=60", "trainer.validate_every_steps=20", "trainer.checkpoint_every_steps=3"),
+    *(f"trainer.max_steps={STEPS}", "trainer.validate_every_steps=20", "trainer.checkpoint_every_steps=3"),
     *("trainer.log_every_steps=1", "schedule.warmup_steps=5", "runtime.num_threads=1", "data.max_unseen=1"),
     *("callbacks.sample_every_steps=null", "callbacks.lag_every_steps=null", "evaluation=[]", "logger=none"),
     *("guards.preflight=false", "data.max_train_blocks=100", "data.max_validation_blocks=8"),  # kills land in training
@@ -60,9 +61,21 @@ def _finish(folder: Path, overrides: Sequence[str], *, cache: Path) -> float:
     return time.monotonic() - started
 
 
-def _kill(folder: Path, overrides: Sequence[str], delay: float, *, cache: Path) -> bool:
-    """Start a session and kill it; return whether it was still running."""
+def _kill(folder: Path, overrides: Sequence[str], delay: float, *, cache: Path, step: int | None = None) -> bool:
+    """Start a session and kill it; return whether it was still running.
+
+    Args:
+        delay: seconds before the kill, from the start or from `step`.
+        step: logged step to wait for; None waits for the time alone.
+    """
+    lines = folder / "metrics.jsonl"
+    before = lines.stat().st_ino if lines.exists() else None
     process = _start(folder, overrides, cache=cache)
+    while step is not None and process.exitcode is None:
+        # A session that goes on replaces the file first: what an earlier one wrote does not count.
+        if lines.exists() and lines.stat().st_ino != before and lines.read_bytes().count(b"\n") >= step:
+            break
+        time.sleep(0.002)
     process.join(delay)
     was_running = process.exitcode is None
     process.kill()
@@ -127,7 +140,13 @@ def _procedure(name: str, kills: int, folder: Path, generator: random.Random) ->
         runs += 1
         begun = len(moments)
         while not (run / "DONE").exists() and len(moments) < min(kills, begun + KILLS_PER_RUN):
-            if not _kill(run, overrides, generator.uniform(0.1, 0.9) * seconds, cache=cache):
+            # Starting and closing take longer than so few steps: three of four kills are to fall among the steps.
+            reached = moments[-1] if len(moments) > begun and moments[-1] is not None else 0
+            step = (
+                generator.randint(reached + 1, STEPS - 1) if generator.random() < 0.75 and reached + 1 < STEPS else None
+            )
+            delay = generator.uniform(0.0, 0.05) if step is not None else generator.uniform(0.0, 0.9) * seconds
+            if not _kill(run, overrides, delay, cache=cache, step=step):
                 break
             _check_whole(run)
             saved = run / "checkpoints" / "last.ckpt"
@@ -195,7 +214,9 @@ def run(quick: bool) -> Found:
         rows.append([name, part["kills"], part.get("runs", part["kills"]), differing, len(part["leftovers"])])
     head = ["", "kills", "runs", "runs that differ from the one left alone", "temporary files left"]
     told = (
-        f"{total} kills (SIGKILL) at moments drawn uniformly over a session, seed {SEED}; up to {KILLS_PER_RUN} in a run, each followed "
+        f"{total} kills (SIGKILL), seed {SEED}: three of four within 50 ms after a step drawn uniformly, so among steps, checkpoints "
+        f"and validations; the others at a moment drawn uniformly over a session, start and closing included. "
+        f"Up to {KILLS_PER_RUN} in a run, each followed "
         "by `resume=<folder>`, or by a new start in the same folder where no checkpoint was written yet. Compared bit for bit: weights, "
         "moments, schedule, random state, lagged cache, carried memory, every line of metrics.jsonl but speeds; for tokenising every "
         "byte of the cache. After each kill every file under its final name was read."

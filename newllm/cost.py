@@ -36,7 +36,7 @@ def describe_cost(config: TrainConfig) -> str:
         ("steps", f"{config.trainer.max_steps:,} of {batch} blocks of {length} tokens"),
         ("visits per sample", _visits(data, visits)),
         ("validation", f"{data.num_validation_samples:,} blocks every {config.trainer.validate_every_steps:,} steps"),
-        ("memory, about", f"{_memory_bytes(config, parameters, data.vocab_size) / 2**20:,.0f} MiB"),
+        ("memory, about", f"{_memory_bytes(config, parameters, data.vocab_size) / 2**20:,.0f} MiB{_of_free(config)}"),
     ]
     return "\n".join(f"{name:<24} {value}" for name, value in rows)
 
@@ -57,11 +57,9 @@ def check_memory(config: TrainConfig, vocab_size: int) -> None:
     parameters = count_parameters(model)
     runtime, copies = config.runtime, _copies(parameters, config)
     needed = copies / runtime.devices if runtime.strategy == "fsdp" else copies
-    if runtime.accelerator == "gpu":
-        free, where = torch.cuda.mem_get_info()[0], "free on the GPU"
-    else:
+    if runtime.accelerator == "cpu":
         needed *= runtime.devices  # each process holds its own
-        free, where = psutil.virtual_memory().available, "of free memory"
+    free, where = _free_bytes(config)
     if needed <= free:
         return
     batch = _memory_bytes(config, parameters, vocab_size) - copies
@@ -70,6 +68,20 @@ def check_memory(config: TrainConfig, vocab_size: int) -> None:
         f"{batch / 2**30:,.1f} GiB more), there are {free / 2**30:,.1f} GiB {where}. Allowed: what fits. "
         "Choose a smaller size, model.num_layers or tokenizer.vocab_size, or share the model out among GPUs with runtime=fsdp."
     )
+
+
+def _free_bytes(config: TrainConfig) -> tuple[int, str]:
+    """Return the bytes that a model may take, and where they are."""
+    if config.runtime.accelerator == "gpu":
+        return torch.cuda.mem_get_info()[0], "free on the GPU"
+    return psutil.virtual_memory().available, "of free memory"
+
+
+def _of_free(config: TrainConfig) -> str:
+    if config.runtime.accelerator == "gpu" and not torch.cuda.is_available():
+        return ""  # the run is meant for another machine
+    free, where = _free_bytes(config)
+    return f", there are {free / 2**20:,.0f} MiB {where}"
 
 
 def _copies(parameters: dict[str, int], config: TrainConfig) -> float:

@@ -1,11 +1,9 @@
 """Several processes, one run: the same folder, the same losses, the same refusals."""
 
-import json
 import os
-import signal
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,9 @@ import pytest
 import torch
 
 from newllm.config.compose import ConfigError, compose
-from newllm.launch import place_of
+from newllm.config.schema import RuntimeConfig
+from newllm.hardware import warn_of_loss
+from newllm.launch import Place, place_of
 from newllm.run_record import read_metrics, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,3 +112,115 @@ def test_two_processes_come_to_what_one_does(procedure: str, tmp_path: Path):
         assert one["stream"]["rows"] == two["stream"]["rows"]
         for name, tensor in one["stream"]["tensors"].items():
             torch.testing.assert_close(two["stream"]["tensors"][name], tensor, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_shared_jobs_makes_one_folder_per_job(tmp_path: Path):
+    process = start(tmp_path, *PROCEDURES["standard"], "runtime=ddp_cpu", "-m", "seed=0,1", cache=tmp_path / "cache")
+    _, errors = process.communicate(timeout=280)
+
+    assert process.returncode == 0, errors
+    folders = sorted((tmp_path / "train").iterdir())
+    assert [sorted({"DONE", "log.txt"} & {path.name for path in folder.iterdir()}) for folder in folders] == [
+        ["DONE", "log.txt"]
+    ] * 2
+
+
+@pytest.mark.slow
+def test_ranks_that_disagree_are_refused_with_the_difference(tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torchrun = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    ranks = [
+        start(
+            *(tmp_path, *PROCEDURES["standard"], "runtime=ddp_cpu", f"trainer.max_steps={8 + rank}"),
+            cache=tmp_path / "cache",
+            **torchrun,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        for rank in range(2)
+    ]
+
+    said = [process.communicate(timeout=250)[1] for process in ranks]
+
+    assert [process.returncode for process in ranks] == [2, 2], said
+    assert "trainer.max_steps=9: rank 1 was given it, rank 0 has 8. Allowed: one configuration" in said[0]
+    assert not (tmp_path / "train").exists()
+
+
+DEVICES_2: RuntimeConfig = compose(["runtime=ddp_cpu"]).runtime
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "x",
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "GROUP_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+}
+SLURM = {"SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}
+
+
+@pytest.mark.parametrize("environment", [TORCHRUN, SLURM], ids=["torchrun", "slurm"])
+def test_a_process_finds_the_place_it_was_given(environment: dict[str, str]):
+    assert place_of(DEVICES_2, environment) == Place(rank=3, local_rank=1, node=1, world_size=4, starts_others=False)
+
+
+def test_a_process_alone_starts_the_others():
+    assert place_of(DEVICES_2, {}) == Place(rank=0, local_rank=0, node=0, world_size=2, starts_others=True)
+    assert place_of(DEVICES_2, SLURM | {"SLURM_JOB_NAME": "bash"}).starts_others
+    assert place_of(DEVICES_2, {"NEWLLM_RANK": "1"}) == Place(1, 1, 0, 2, starts_others=False)
+    assert place_of(compose([]).runtime, {}) == Place(0, 0, 0, 1, starts_others=False)
+
+
+@pytest.mark.parametrize("environment", [TORCHRUN, SLURM], ids=["torchrun", "slurm"])
+def test_another_number_of_processes_is_refused(environment: dict[str, str]):
+    with pytest.raises(ValueError, match=r"runtime.devices=1: \w+ started 2 processes on this machine. Allowed: 2"):
+        place_of(compose([]).runtime, environment)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["runtime.strategy=fsdp"], "runtime.strategy=fsdp: shards over GPUs"),
+        (["runtime.precision=16-mixed"], "runtime.precision=16-mixed: is for GPUs"),
+        (["runtime=fsdp", "runtime.compile=true"], "runtime.compile=true: sharded layers are not compiled"),
+        (["runtime=ddp_cpu", "data.batch_size=1"], "data.batch_size=1: cannot be shared out among runtime.devices=2"),
+        (["runtime=ddp_cpu", "trainer=cvfp_phase1", "model=context"], "trainer=cvfp_phase1 runs in one process"),
+    ],
+)
+def test_what_devices_cannot_do_is_refused(overrides: list[str], named: str):
+    with pytest.raises(ConfigError, match=named):
+        compose(overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["runtime.compile=true"], ["runtime.compile=true: compiling takes minutes on a CPU"]),
+        (["runtime.precision=bf16-mixed"], ["runtime.precision=bf16-mixed: this CPU has no AMX"]),
+        ([], []),
+    ],
+)
+def test_what_does_not_pay_is_said(overrides: list[str], said: list[str], caplog, tmp_path: Path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text("flags : avx2 avx512_bf16")
+    monkeypatch.setattr("newllm.hardware.CPU_FLAGS", tmp_path / "cpuinfo")
+
+    warn_of_loss(compose(overrides).runtime)
+
+    assert [message.partition(", where")[0].partition(" and gains")[0] for message in caplog.messages] == said
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="FSDP shards over two or more CUDA devices")
+def test_fsdp_comes_to_what_one_gpu_does(tmp_path: Path):
+    exact = ["model=infini", "trainer=standard", "runtime.precision=32-true"]
+
+    alone = run(tmp_path / "alone", *exact, "runtime=gpu", "runtime.compile=false", cache=tmp_path / "cache")
+    shared = run(tmp_path / "shared", *exact, "runtime=fsdp", cache=tmp_path / "cache")
+
+    for line, same in zip(losses(alone), losses(shared), strict=True):
+        assert line == pytest.approx(same, abs=1e-3)

@@ -100,18 +100,18 @@ def _unreachable(repository: str, kind: str, reason: str) -> str:
 
 def why_not(repository: str, revision: str) -> str | None:
     """Return why the hub does not give a data set; None if it would. Gated ones list their files and keep them."""
-    from huggingface_hub import HfApi, constants, hf_hub_url
+    from huggingface_hub import HfApi, constants
 
     if constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     try:
-        found = HfApi().dataset_info(repository, revision=revision, timeout=LIST_SECONDS)
+        found = HfApi(endpoint=constants.ENDPOINT).dataset_info(repository, revision=revision, timeout=LIST_SECONDS)
     except Exception as error:  # the library and its transport raise many kinds
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     files = [file.rfilename for file in found.siblings or [] if not file.rfilename.startswith((".", "README"))]
     if not files:
         return "it has no files"
-    return ask(hf_hub_url(repository, files[0], repo_type="dataset", revision=revision))
+    return ask(f"{constants.ENDPOINT}/datasets/{repository}/resolve/{revision}/{files[0]}")
 
 
 def _answered(question: Callable[[], str | None]) -> str | None:

@@ -12,6 +12,17 @@ from newllm.run_record import Metrics, Run, read_metrics, read_run
 # What a run writes from its first second on: a folder that has one of these without the others was damaged.
 SIGNS = frozenset(("run.json", "config.yaml", "metrics.jsonl"))
 VERDICT = frozenset(("name", "status", "message"))
+# What a report reads of run.json, where it is there.
+FACTS: dict[str, type | tuple[type, ...]] = {
+    "seed": int,
+    "status": str,
+    "guards": list,
+    "overrides": list,
+    "metrics": dict,
+    "best_metrics": dict,
+    **dict.fromkeys(("parameters", "flops_per_token", "state_bytes", "tokens"), (int, float, dict)),
+    **dict.fromkeys(("tokens_per_second", "wall_seconds"), (int, float)),
+}
 
 
 @dataclass(frozen=True)
@@ -87,12 +98,15 @@ def collect(folders: Iterable[Path]) -> tuple[list[RunCurves], list[Unreadable]]
 
 def _read(folder: Path) -> RunCurves:
     run = read_run(folder)
-    guards = run.facts.get("guards", [])
-    is_ours = {"seed", "status"} <= run.facts.keys() and isinstance(guards, list)
-    if not is_ours or not all(isinstance(guard, dict) and guard.keys() >= VERDICT for guard in guards):
+    strange = [name for name, kind in FACTS.items() if name in run.facts and not isinstance(run.facts[name], kind)]
+    strange += [name for name in ("seed", "status") if name not in run.facts]
+    verdicts = [] if "guards" in strange else run.facts.get("guards", [])
+    if not all(isinstance(verdict, dict) and verdict.keys() >= VERDICT for verdict in verdicts):
+        strange.append("guards")
+    if strange:
         raise ValueError(
-            f"{folder / 'run.json'}: was written by another version. Allowed: seed, status, and guards as a list of "
-            f"{', '.join(sorted(VERDICT))}. Train again."
+            f"{folder / 'run.json'}: was written by another version ({', '.join(strange)} missing or of another form). "
+            "Allowed: what this version's train.py wrote. Train again, or report with the version of the run."
         )
     settings = {key: value for key, value in flat(run.config).items() if not is_run_independent(key)}
     for key in ("name", "seed"):

@@ -12,7 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from newllm.config.command_line import Job
+from newllm.config.compose import compose
+from newllm.config.typed import plain
+from newllm.jobs.job import _outcome
 from newllm.jobs.record import JobRecord, read_records
 from newllm.jobs.sweep import Narrator, run_sweep, table, told
 
@@ -93,6 +98,17 @@ def test_a_job_done_with_other_settings_is_refused(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert result.returncode == 1
     assert "REFUSED: done with other settings; remove the folder. trainer.max_steps=6: the run in" in result.stderr
+
+
+def test_a_job_of_another_version_is_refused_with_the_reason(tmp_path: Path) -> None:
+    config = compose([*TINY, "seed=1"])
+    (tmp_path / "DONE").touch()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**plain(config), "memory": 3}))
+
+    outcome = _outcome(Job(config, tmp_path, [*TINY, "seed=1"]), ROOT / "train.py", record(0, "running"))
+
+    assert outcome.status == "refused"
+    assert "was not written by this version of newllm: memory=3: is not a key here." in outcome.reason
 
 
 def record(number: int, status: str, **facts: Any) -> JobRecord:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -196,6 +197,24 @@ def test_unreadable_folders_are_listed_and_the_rest_is_shown(
     ):
         assert text in told
         assert text in page
+
+
+@pytest.mark.parametrize(
+    ("facts", "told"),
+    [
+        ({"metrics": [["val/loss", 2.0]]}, "metrics missing or of another form"),
+        ({"state_bytes": "64 B", "overrides": "seed=0"}, "overrides, state_bytes missing or of another form"),
+        ({"guards": [{"name": "causality", "passed": True}]}, "guards missing or of another form"),
+    ],
+)
+def test_a_run_of_another_version_is_listed_with_the_reason(tmp_path: Path, facts: dict[str, Any], told: str) -> None:
+    write_run(tmp_path / "ours")
+    write_run(tmp_path / "theirs", **facts, status="stopped")
+
+    runs, (unreadable,) = collect([tmp_path])
+
+    assert [run.run.folder.name for run in runs] == ["ours"]
+    assert f"{tmp_path / 'theirs/run.json'}: was written by another version ({told})" in unreadable.reason
 
 
 def test_hidden_folders_and_copies_are_left_alone(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ BENCHES = {
     "cvfp_phase1": "CVFP phase 1 against exact passes and steps for every token",
     "lct_speed": "Lagged Cache Training against exact training",
     "scaling": "How cost grows",
+    "faults": "Killed at any moment",
 }
 DOCS = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 MARK = "<!-- {name} -->"

@@ -190,30 +190,41 @@ def _caches(kills: int, folder: Path, generator: random.Random) -> dict[str, Any
     return {"kills": done, "session_seconds": seconds, "differing": damaged, "leftovers": _leftovers(cache)}
 
 
+def measure(name: str, *, quick: bool = False) -> dict[str, Any]:
+    """Kill, go on and compare in one procedure, or in tokenising; its moments depend on no other's.
+
+    Raises:
+        NotWrittenError: a run could not go on.
+    """
+    generator = random.Random(f"{SEED} {name}")
+    with tempfile.TemporaryDirectory() as where:
+        if name == "tokenising":
+            return _caches(1 if quick else CACHE_KILLS, Path(where), generator)
+        return _procedure(name, 1 if quick else KILLS[name], Path(where), generator)
+
+
 def run(quick: bool) -> Found:
-    """Kill, go on, compare.
+    """Measure all, one after another.
 
     Raises:
         NotWrittenError: a run could not go on.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
-    generator, started = random.Random(SEED), time.monotonic()
-    kills = dict.fromkeys(KILLS, 1) if quick else KILLS
-    with tempfile.TemporaryDirectory() as where:
-        found: dict[str, Any] = {
-            name: _procedure(name, number, Path(where), generator) for name, number in kills.items()
-        }
-        found["tokenising"] = _caches(1 if quick else CACHE_KILLS, Path(where), generator)
-    total = sum(part["kills"] for part in found.values())
-    if not quick:
-        about = {"machine": machine(), "seconds": round(time.monotonic() - started), "seed": SEED}
+    return told({name: measure(name, quick=quick) for name in [*PROCEDURES, "tokenising"]}, write=not quick)
+
+
+def told(found: dict[str, dict[str, Any]], *, write: bool) -> Found:
+    """Return the table of what `measure` found, and keep the figures in bench/results/faults_cpu.json."""
+    if write:
+        about = {"machine": machine(), "seed": SEED}
         (RESULTS / "faults_cpu.json").write_text(json.dumps({**about, **found}, indent=2) + "\n")
+    total = sum(part["kills"] for part in found.values())
     rows = []
     for name, part in found.items():
         differing = len(part["differing"]) if name in PROCEDURES else part["differing"]
         rows.append([name, part["kills"], part.get("runs", part["kills"]), differing, len(part["leftovers"])])
     head = ["", "kills", "runs", "runs that differ from the one left alone", "temporary files left"]
-    told = (
+    text = (
         f"{total} kills (SIGKILL), seed {SEED}: three of four within 50 ms after a step drawn uniformly, so among steps, checkpoints "
         f"and validations; the others at a moment drawn uniformly over a session, start and closing included. "
         f"Up to {KILLS_PER_RUN} in a run, each followed "
@@ -221,4 +232,4 @@ def run(quick: bool) -> Found:
         "moments, schedule, random state, lagged cache, carried memory, every line of metrics.jsonl but speeds; for tokenising every "
         "byte of the cache. After each kill every file under its final name was read."
     )
-    return Found(f"{table(head, rows)}\n\n{told}", found)
+    return Found(f"{table(head, rows)}\n\n{text}", found)

@@ -21,6 +21,7 @@ BENCHES = {
     "infini": "Infini-attention beside infini-transformer-pytorch",
     "memory_layers": "Cost per token of the memory layers",
     "fixed_points": "Sweeps beside torchdeq's solver",
+    "generation": "Generation from the state",
     "session": "A session over a million tokens",
     "cvfp_phase1": "CVFP phase 1 against exact passes and steps for every token",
     "lct_speed": "Lagged Cache Training against exact training",

@@ -39,7 +39,7 @@ PROCEDURES = {
     "streaming": ["model=infini", "layers=all_infini", "trainer=streaming"],
 }
 KILLS = {"standard": 8, "lct": 6, "streaming": 6}
-TOKENISING = [*TINY, "tokenizer=bpe", "tokenizer.vocab_size=1024", "check=true"]
+TOKENISING = [*TINY, "model=infini", "tokenizer=bpe", "tokenizer.vocab_size=1024", "check=true"]
 CACHE_KILLS = 4
 
 

@@ -2,7 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Logger(ABC):
@@ -18,6 +21,9 @@ class Logger(ABC):
 
     def texts(self, name: str, texts: Sequence[str], step: int) -> None:  # noqa: B027 a table of numbers has no place for them
         """Show texts of an optimizer step, where there is a place for texts."""
+
+    def histogram(self, name: str, values: "Tensor", step: int) -> None:  # noqa: B027
+        """Show how the values of an optimizer step are distributed, where there is a place for pictures."""
 
     def summary(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:  # noqa: B027
         """Show the run's settings beside its final metrics, where runs can be compared."""

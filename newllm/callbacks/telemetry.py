@@ -186,6 +186,15 @@ class Telemetry(Callback):
         line, self._line = _read(self._line), {}
         if trainer.is_global_zero:
             self._put(line, {name: value for name, value in line.items() if name not in ("step", "tokens")})
+            self._show_histograms(trainer, int(line["step"]))
+
+    def _show_histograms(self, trainer: Trainer, step: int) -> None:
+        """Show each distribution once, with the line that follows it."""
+        shown: dict[str, Tensor] = getattr(trainer.lightning_module, "histograms", {})
+        for name, values in shown.items():
+            for logger in self.loggers:
+                logger.histogram(name, values, step)
+        shown.clear()
 
     def _put(self, line: dict[str, float], new: Mapping[str, float]) -> None:
         step, tokens = int(line["step"]), int(line["tokens"])

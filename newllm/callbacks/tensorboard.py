@@ -8,6 +8,7 @@ from newllm.callbacks.logger import Logger
 from newllm.config.typed import flat, is_run_independent
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.utils.tensorboard import SummaryWriter
 
 # Tags are patterns that TensorBoard matches from the start of a name.
@@ -21,8 +22,9 @@ LAYOUT = {
         "lag: relative error": ["Multiline", ["lag/relative_error"]],
         "lag: contraction": ["Multiline", ["lag/contraction$"]],
         "lag: sweeps to tolerance": ["Multiline", ["lag/sweeps_to_tolerance$"]],
-        "context: shares and ranks": ["Multiline", ["context/converged_share$", "context/effective_rank$"]],
-        "context: losses": ["Multiline", ["context/fixed_point_loss$", "context/diversity_loss$"]],
+        "context: shares and ranks": ["Multiline", ["context/converged_share", "context/effective_rank"]],
+        "context: losses": ["Multiline", ["context/fixed_point_loss", "context/diversity_loss"]],
+        "context: norm": ["Multiline", ["context/norm_"]],
     },
     "memory": {
         "gate": ["Multiline", ["memory/gate"]],
@@ -83,6 +85,9 @@ class TensorBoard(Logger):
         """Show texts as they are, without markdown."""
         blocks = ("".join(f"    {line}\n" for line in text.splitlines() or [""]) for text in texts)
         self.writer.add_text(name, "\n---\n\n".join(blocks), step)
+
+    def histogram(self, name: str, values: "Tensor", step: int) -> None:
+        self.writer.add_histogram(name, values, step)
 
     def summary(self, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Fill the HParams page: the settings of this run beside its final metrics.

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Plan = Literal["A", "E", "F", "G"]
+Plan = Literal["A", "E", "F", "G", "none"]
 Source = Literal["own", "last", "previous", "none"]
 
 
@@ -115,8 +115,10 @@ class ContextBlock(nn.Module):
 def context_sources(plan: Plan, num_layers: int) -> list[Source]:
     """Return which context each layer of a token block reads: its own depth's, the last layer's, that of the position before, or none.
 
-    With one layer all plans are the same.
+    With one layer all plans that read one are the same.
     """
+    if plan == "none":
+        return ["none"] * num_layers
     if num_layers == 1:
         return ["last"]
     if plan == "E":

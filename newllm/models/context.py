@@ -5,6 +5,7 @@ C: context size. k: token embeddings that enter a position.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -30,7 +31,8 @@ class ContextConfig(ModelConfig):
         ffn_layers: linear maps of each layer's feed-forward part.
         ffn_expand: its inner width over its input's, with two maps.
         plan: which context each token layer reads: its own depth's (E), the last (A), the last in the first layer only (F), or the
-            last of the position before in the first and the last of this one in the last layer (G). With one layer all coincide.
+            last of the position before in the first and the last of this one in the last layer (G); with one layer these coincide.
+            "none" reads no context: a prediction from the last k tokens alone, to compare with.
         weight_tying: scores are products with the token embeddings; otherwise a linear map with a bias.
         init: "small" is N(0, 0.02) without biases; "original" is N(0, 0.1) with biases N(0, 0.01) in the blocks, to reproduce old runs.
     """
@@ -41,7 +43,7 @@ class ContextConfig(ModelConfig):
     num_input_tokens: Annotated[int, Range(minimum=1)]
     ffn_layers: Literal[1, 2]
     ffn_expand: Annotated[int, Range(minimum=1)]
-    plan: Literal["A", "E", "F", "G"]
+    plan: Literal["A", "E", "F", "G", "none"]
     weight_tying: bool
     init: Literal["small", "original"]
 
@@ -136,4 +138,8 @@ class ContextLM(LanguageModel):
 
 def build(config: Any, vocab_size: int) -> ContextLM:
     """Return the model that a configuration describes, with random weights."""
+    if config.model.num_layers == 1 and config.model.plan in ("A", "F", "G"):
+        warnings.warn(
+            f"model.plan={config.model.plan}: with model.num_layers=1 plans A, E, F and G are the same.", stacklevel=2
+        )
     return ContextLM(vocab_size, config.model)

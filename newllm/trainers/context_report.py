@@ -111,23 +111,25 @@ def clean_report(
         threshold: mean squared change below which a context counts as converged.
         tolerance: relative change at which the sweeps stop.
     Returns:
-        `converged_share` and `fixed_point_loss` of one clean sweep from the contexts as training left them; `effective_rank` (over
+        `converged_share` and `fixed_point_loss` of the second clean sweep, the first takes out the noise; `effective_rank` (over
         C, uncentred and centred), `diversity_loss`, `sweeps` and `exact_positions` (see `Settling`) of the contexts swept clean.
     """
-    like, first = next(model.parameters()), IterationSums()
-    before = like.new_zeros(1, model.context_dim)
-    for batch in slices(positions, slice_tokens, device=like.device):
-        old = cache.read(batch["position"], like=like)
-        new = sweep(context_map(model, batch), old, before)
-        first.add(new, movement(new, old), loss(new[0]), threshold=threshold)
-        before = old[:, -1]
+    like = next(model.parameters())
+    for _ in range(2):
+        moved, before = IterationSums(), like.new_zeros(1, model.context_dim)
+        for batch in slices(positions, slice_tokens, device=like.device):
+            old = cache.read(batch["position"], like=like)
+            new = sweep(context_map(model, batch), old, before)
+            moved.add(new, movement(new, old), loss(new[0]), threshold=threshold)
+            before = old[:, -1]
+            cache.write(batch["position"], new)
     settling = settle(model, positions, cache, slice_tokens=slice_tokens, tolerance=tolerance)
     spread = 0.0
     for batch in slices(positions, slice_tokens, device=like.device):
         spread += loss(cache.read(batch["position"], like=like)[0]).item() * batch["position"].numel()
     return {
-        "converged_share": share(first.converged, first.positions),
-        "fixed_point_loss": first.movement / first.positions,
+        "converged_share": share(moved.converged, moved.positions),
+        "fixed_point_loss": moved.movement / moved.positions,
         "diversity_loss": spread / len(positions),
         "effective_rank": rank_report(cache.contexts[rows]),
         **asdict(settling),

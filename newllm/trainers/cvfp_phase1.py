@@ -79,7 +79,7 @@ class CvfpPhase1Config(StreamContextsConfig):
         carry_over: what stands before the first position: zeros, or the last context of the iteration before.
         context_noise: standard deviation of normal numbers added to previous contexts in training.
         converged_threshold: mean squared change per iteration below which a context counts as converged.
-        stop_at_converged_share: share of converged training contexts that ends training; null never does.
+        stop_at_converged_share: share of converged validation contexts, swept without noise, that ends training; null never does.
         rank_patience: validations without a higher effective rank of validation contexts that end training; null never do.
         min_iterations: before which nothing but the number of steps ends training.
         rank_rows: contexts of which the effective rank is taken, drawn by the seed.
@@ -220,6 +220,7 @@ class CvfpPhase1Module(TrainingModule):
         found |= {"context/effective_rank": ranks["train"], "context/effective_rank_validation": ranks["validation"]}
         self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()})
         self._judge_rank(ranks["validation"])
+        self._judge_share(found["context/converged_share_validation"])
         if self.stop_reason is not None or self.trainer.global_step >= self.max_steps:
             self._finish()
 
@@ -255,18 +256,25 @@ class CvfpPhase1Module(TrainingModule):
         return torch.zeros_like(like[:, 0])
 
     def _end_iteration(self) -> None:
-        """Log the iteration whose last slice this is, and judge whether it was the last."""
-        iteration, found = self.trainer.global_step + 1, self._sums.metrics()
-        share = found["context/converged_share"]
+        """Log the iteration whose last slice this is."""
+        found = self._sums.metrics()
         self.histograms = {"context/residual": self._sums.histogram()}
         self._sums = IterationSums()
-        limit = self.options.stop_at_converged_share
-        if iteration == 1:
+        if self.trainer.global_step == 0:
             # Nothing had been trained yet: from an exact start all contexts stand still, from noise none does.
             found["context/converged_share_untrained"] = found.pop("context/converged_share")
-        elif limit is not None and share >= limit and iteration >= self.options.min_iterations:
-            self._stop(f"{share:.1%} of the training contexts had converged at iteration {iteration}")
         self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()})
+
+    def _judge_share(self, share: float) -> None:
+        """Judge contexts swept without noise: with it, training's own have a floor of movement."""
+        limit, iteration = self.options.stop_at_converged_share, self.trainer.global_step
+        if (
+            self.stop_reason is None
+            and limit is not None
+            and share >= limit
+            and iteration >= self.options.min_iterations
+        ):
+            self._stop(f"{share:.1%} of the validation contexts had converged at iteration {iteration}")
 
     def _judge_rank(self, rank: float) -> None:
         patience, iteration = self.options.rank_patience, self.trainer.global_step

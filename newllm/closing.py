@@ -8,6 +8,25 @@ from typing import Any
 from newllm.run_record import last_and_best, read_metrics, read_run
 
 
+def _memory_lines(last: dict[str, float], results: dict[str, Any]) -> list[str]:
+    """What the memory is worth, of runs that have measured it: losses in nats of texts, answers of probes."""
+    told = []
+    if "val/loss_memory_off" in last:
+        other = f", another text's: {last['val/loss_other_memory']:.4f}" if "val/loss_other_memory" in last else ""
+        told.append(f"memory on: {last['val/loss']:.4f} nats, off: {last['val/loss_memory_off']:.4f}{other}")
+    elif "loss_memory_off" in (texts := results.get("memory", {}).get("all", {})):
+        told.append(f"memory on: {texts['loss']:.4f} nats over whole texts, off: {texts['loss_memory_off']:.4f}")
+    recall = results.get("recall", {})
+    if "memory_off" in recall:
+        on, off, other = (found["accuracy"] for found in (recall, recall["memory_off"], recall["other_memory"]))
+        beside = "" if other is None else f", another text's: {other:.3f}"
+        told.append(
+            f"answers right, memory on: {on:.3f}, off: {off:.3f}{beside} "
+            f"(guessing: {recall['chance_accuracy']:.3f}; state {recall['state_bytes']:,} bytes)"
+        )
+    return told
+
+
 def closing_lines(folder: Path, results: dict[str, Any]) -> str:
     """Return a few lines for the terminal.
 
@@ -30,6 +49,7 @@ def closing_lines(folder: Path, results: dict[str, Any]) -> str:
         told.append(
             f"feedback switched off: {last['val/loss_no_feedback']:.4f} nats; one lagged sweep from nothing: {last['val/loss_lagged']:.4f}"
         )
+    told += _memory_lines(last, results)
     if "lag/relative_error" in last:
         told.append(
             f"lag of the cached states {last['lag/relative_error']:.3f} of their size; "

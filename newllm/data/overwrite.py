@@ -3,6 +3,7 @@
 N: rows. P: pairs of a row. R: pairs that are written again.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,17 @@ import numpy as np
 from newllm.config.fields import Count, Range
 from newllm.config.schema import DataConfig, TokenizerConfig
 from newllm.data.prepared import PreparedData
-from newllm.data.recall import Axis, ProbeConfig, Rows, distinct, doubling, other_ids, place_targets, prepare_rows
+from newllm.data.recall import (
+    NO_TARGET,
+    Axis,
+    ProbeConfig,
+    Rows,
+    distinct,
+    doubling,
+    other_ids,
+    place_targets,
+    prepare_rows,
+)
 
 if TYPE_CHECKING:
     from newllm.config.schema import TrainConfig
@@ -58,7 +69,10 @@ class OverwriteConfig(ProbeConfig, DataConfig):
 
 
 def draw_rows(data: OverwriteConfig) -> Rows:
-    """Return the rows of a configuration, sliced by how often a key was written and by the tokens since it last was."""
+    """Return the rows of a configuration, sliced by how often a key was written and by the tokens since it last was.
+
+    `outdated` are the values written first to keys that are written twice.
+    """
     generator = np.random.default_rng(data.generator_seed)
     rows, pairs, rewritten, half = data.num_samples, data.num_pairs, data.num_rewritten, data.vocab_size // 2
     keys = distinct(generator, rows, range(1, half), pairs)
@@ -80,7 +94,11 @@ def draw_rows(data: OverwriteConfig) -> Rows:
         Axis("written", ["once", "twice"], (asked < rewritten).astype(np.int64)),
         doubling("gap_tokens", positions - np.take_along_axis(written, asked, 1)),
     ]
-    return place_targets(inputs, positions, np.take_along_axis(last, asked, 1), axes)
+    drawn = place_targets(inputs, positions, np.take_along_axis(last, asked, 1), axes)
+    first_values = np.where(asked < rewritten, np.take_along_axis(values[:, :pairs], asked, 1), NO_TARGET)
+    outdated = np.full(inputs.shape, NO_TARGET, dtype=np.int32)
+    np.put_along_axis(outdated, positions, first_values, axis=1)
+    return dataclasses.replace(drawn, outdated=outdated)
 
 
 def _interleaved(keys: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -60,17 +60,20 @@ class Rows:
         labels: ids, NO_TARGET where nothing is asked.
         slices: number of the target's slice, NO_SLICE where there is no target.
         slice_names: of each slice its bucket on every axis, by the axis' name.
+        outdated: ids that were the answer before they were overwritten, NO_TARGET elsewhere; None in probes that overwrite nothing.
     """
 
     inputs: np.ndarray
     labels: np.ndarray
     slices: np.ndarray
     slice_names: Sequence[dict[str, str]]
+    outdated: np.ndarray | None = None
 
     def part(self, start: int, end: int) -> "Rows":
         """Return the rows from `start` to before `end`."""
         rows = slice(start, end)
-        return Rows(self.inputs[rows], self.labels[rows], self.slices[rows], self.slice_names)
+        outdated = None if self.outdated is None else self.outdated[rows]
+        return Rows(self.inputs[rows], self.labels[rows], self.slices[rows], self.slice_names, outdated)
 
 
 class ProbeSamples:
@@ -88,13 +91,16 @@ class ProbeSamples:
         input_ids = _tensor(self.rows.inputs[places])
         starts_text = torch.zeros_like(input_ids, dtype=torch.bool)
         starts_text[:, 0] = True
-        return {
+        found = {
             "input_ids": input_ids,
             "labels": _tensor(self.rows.labels[places]),
             "slice": _tensor(self.rows.slices[places]),
             "sample_id": torch.from_numpy(places),
             "starts_text": starts_text,
         }
+        if self.rows.outdated is not None:
+            found["outdated"] = _tensor(self.rows.outdated[places])
+        return found
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

@@ -55,18 +55,29 @@ class Tally:
     Attributes:
         correct: right answers [slices].
         targets: all answers [slices].
+        outdated: answers that were right before they were overwritten [slices]; None of probes that overwrite nothing.
     """
 
     correct: Tensor
     targets: Tensor
+    outdated: Tensor | None = None
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(self.correct + other.correct, self.targets + other.targets)
+        counts = (self.outdated, other.outdated)
+        known = [count for count in counts if count is not None]
+        outdated = torch.stack(known).sum(0) if known else None
+        return Tally(self.correct + other.correct, self.targets + other.targets, outdated)
 
     def of(self, slices: list[int]) -> dict[str, Any]:
-        """Return accuracy (share of targets; None of none), correct answers and targets of some slices together."""
+        """Return accuracy (share of targets; None of none), correct answers and targets of some slices together.
+
+        Where something was overwritten, also the share of answers that are its old value.
+        """
         correct, targets = int(self.correct[slices].sum()), int(self.targets[slices].sum())
-        return {"accuracy": correct / targets if targets else None, "correct": correct, "targets": targets}
+        found = {"accuracy": correct / targets if targets else None, "correct": correct, "targets": targets}
+        if self.outdated is not None:
+            found["outdated_share"] = int(self.outdated[slices].sum()) / targets if targets else None
+        return found
 
 
 def measure(material: Material, options: RecallConfig) -> dict[str, Any]:
@@ -77,8 +88,9 @@ def measure(material: Material, options: RecallConfig) -> dict[str, Any]:
         options: what is measured besides.
     Returns:
         `accuracy`, `correct`, `targets`, `chance_accuracy`, `state_bytes` (of one text after a row), `by_<axis>` with the same
-        numbers for each bucket; with memory layers `memory_off` (nothing is written, an empty memory is read) and `other_memory`
-        (the memory of another row is read, nothing is written), here and in every bucket as accuracies; `by_block_length`.
+        numbers for each bucket; `outdated_share` beside each where keys are overwritten; with memory layers `memory_off` (nothing
+        is written, an empty memory is read) and `other_memory` (the memory of another row is read, nothing is written), here and
+        in every bucket as accuracies; `by_block_length`.
     """
     found = _measure(material, knock_out=options.knock_out)
     if options.block_lengths:
@@ -138,12 +150,12 @@ def _tally(material: Material, use: MemoryUse) -> Tally:
     for batch in material.batches():
         if use == "other" and len(batch["input_ids"]) == 1:
             continue  # no other text beside it
-        _, is_correct = token_losses(
-            material.model, answering_states(material.model, batch["input_ids"], use), batch["labels"]
-        )
+        hidden = answering_states(material.model, batch["input_ids"], use)
         is_target = batch["labels"] != NO_TARGET
-        slices = [batch["slice"][mask].cpu() for mask in (is_target & is_correct, is_target)]
-        total += Tally(*(torch.bincount(numbers, minlength=num_slices) for numbers in slices))
+        masks = [is_target & token_losses(material.model, hidden, batch["labels"])[1], is_target]
+        if "outdated" in batch:
+            masks.append(is_target & token_losses(material.model, hidden, batch["outdated"])[1])
+        total += Tally(*(torch.bincount(batch["slice"][mask].cpu(), minlength=num_slices) for mask in masks))
     return total
 
 

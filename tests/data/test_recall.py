@@ -85,6 +85,13 @@ def test_overwrite_asks_for_the_value_written_last(seed: int, pairs: int, rewrit
         assert int(low) <= position - place <= int(high or low)
     twice = [names["written"] for *_, names in asked(rows)].count("twice")
     assert twice == rewritten * len(rows.inputs)
+    assert rows.outdated is not None
+    assert ((rows.outdated != NO_TARGET).sum(axis=1) == rewritten).all()
+    for number, (row, position, target, names) in enumerate(asked(rows)):
+        outdated = rows.outdated[number // pairs][position]
+        first = row[row.index(row[position]) + 1]
+        assert outdated == (first if names["written"] == "twice" else NO_TARGET)
+        assert outdated != target
 
 
 @settings(max_examples=30, deadline=None)

@@ -74,6 +74,16 @@ def test_answers_are_counted_by_bucket_of_every_axis() -> None:
     }
 
 
+def test_answers_that_were_overwritten_are_counted() -> None:
+    given = batch([[1, 2, 3], [4, 5, 6]], [[NO, 7, 3], [4, 8, NO]], [[-1, 0, 1], [1, 0, -1]])
+    given["outdated"] = torch.tensor([[NO, 2, NO], [NO, 7, NO]])
+
+    found = measure(material(Echo(), [given, given]), PLAIN)
+
+    assert (found["accuracy"], found["outdated_share"]) == (0.5, 0.25)  # the 2 where the 7 replaced it
+    assert [line["outdated_share"] for line in found["by_segments"]] == [0.5, 0.0]
+
+
 @pytest.mark.parametrize("kernel", ["elu", "centred", "ridge", "delta_token"])
 def test_an_empty_memory_changes_nothing_before_the_first_write(kernel: str) -> None:
     found = model("pythia infini", memory_kernel=kernel, write=None)

@@ -1,0 +1,48 @@
+"""The last words of a run say what its memory is worth."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from newllm.closing import closing_lines
+
+STREAMED = {"val/loss": 2.0, "val/perplexity": 7.39, "val/loss_memory_off": 2.5, "val/loss_other_memory": 2.25}
+RECALL = {"accuracy": 0.9, "chance_accuracy": 0.01, "state_bytes": 16640}
+KNOCKED_OUT = {"memory_off": {"accuracy": 0.1}, "other_memory": {"accuracy": 0.2}}
+
+
+def told(folder: Path, metrics: dict[str, float], results: dict[str, Any]) -> str:
+    (folder / "run.json").write_text(json.dumps({"data": {}, "guards": []}))
+    (folder / "config.yaml").write_text("{}")
+    (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens": 8, **metrics}) + "\n")
+    return closing_lines(folder, results)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "results", "line"),
+    [
+        (STREAMED, {}, "memory on: 2.0000 nats, off: 2.5000, another text's: 2.2500"),
+        (
+            {"val/loss": 2.0, "val/perplexity": 7.39},
+            {"memory": {"all": {"loss": 2.0, "loss_memory_off": 2.5}}},
+            "memory on: 2.0000 nats over whole texts, off: 2.5000",
+        ),
+        (
+            {"val/loss": 2.0, "val/perplexity": 7.39},
+            {"recall": RECALL | KNOCKED_OUT},
+            "answers right, memory on: 0.900, off: 0.100, another text's: 0.200 (guessing: 0.010; state 16,640 bytes)",
+        ),
+    ],
+)
+def test_memory_on_and_off_stand_side_by_side(
+    tmp_path: Path, metrics: dict[str, float], results: dict[str, Any], line: str
+) -> None:
+    assert line in told(tmp_path, metrics, results).splitlines()
+
+
+def test_a_model_without_memory_is_told_nothing_of_it(tmp_path: Path) -> None:
+    assert "memory on" not in told(
+        tmp_path, {"val/loss": 2.0, "val/perplexity": 7.39}, {"recall": RECALL, "memory": {"all": {"loss": 2.0}}}
+    )

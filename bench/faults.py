@@ -9,7 +9,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -61,26 +61,40 @@ def _finish(folder: Path, overrides: Sequence[str], *, cache: Path) -> float:
     return time.monotonic() - started
 
 
-def _kill(folder: Path, overrides: Sequence[str], delay: float, *, cache: Path, step: int | None = None) -> bool:
+def _kill(
+    folder: Path, overrides: Sequence[str], delay: float, *, cache: Path, reached: Callable[[], bool] = lambda: True
+) -> bool:
     """Start a session and kill it; return whether it was still running.
 
     Args:
-        delay: seconds before the kill, from the start or from `step`.
-        step: logged step to wait for; None waits for the time alone.
+        delay: seconds before the kill, from the moment that is waited for.
+        reached: whether that moment has come; the start unless told.
     """
-    lines = folder / "metrics.jsonl"
-    before = lines.stat().st_ino if lines.exists() else None
     process = _start(folder, overrides, cache=cache)
-    while step is not None and process.exitcode is None:
-        # A session that goes on replaces the file first: what an earlier one wrote does not count.
-        if lines.exists() and lines.stat().st_ino != before and lines.read_bytes().count(b"\n") >= step:
-            break
+    while process.exitcode is None and not reached():
         time.sleep(0.002)
     process.join(delay)
     was_running = process.exitcode is None
     process.kill()
     process.join()
     return was_running
+
+
+def _at_step(folder: Path, step: int) -> Callable[[], bool]:
+    """Return whether the session that starts next has logged the step."""
+    lines = folder / "metrics.jsonl"
+    before = lines.stat().st_ino if lines.exists() else None
+
+    def reached() -> bool:
+        # A session that goes on replaces the file first: what an earlier one wrote does not count.
+        return lines.exists() and lines.stat().st_ino != before and lines.read_bytes().count(b"\n") >= step
+
+    return reached
+
+
+def _building(cache: Path, after: int) -> Callable[[], bool]:
+    """Return whether a cache is being written, `after` others being complete."""
+    return lambda: any(cache.glob("*.tmp-*")) and len(list(cache.glob("*.lock"))) > after
 
 
 def _check_whole(folder: Path) -> None:
@@ -146,7 +160,8 @@ def _procedure(name: str, kills: int, folder: Path, generator: random.Random) ->
                 generator.randint(reached + 1, STEPS - 1) if generator.random() < 0.75 and reached + 1 < STEPS else None
             )
             delay = generator.uniform(0.0, 0.05) if step is not None else generator.uniform(0.0, 0.9) * seconds
-            if not _kill(run, overrides, delay, cache=cache, step=step):
+            chosen = {} if step is None else {"reached": _at_step(run, step)}
+            if not _kill(run, overrides, delay, cache=cache, **chosen):
                 break
             _check_whole(run)
             saved = run / "checkpoints" / "last.ckpt"
@@ -171,9 +186,16 @@ def _procedure(name: str, kills: int, folder: Path, generator: random.Random) ->
     }
 
 
-def _contents(cache: Path) -> dict[str, str]:
-    files = [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    return {str(path.relative_to(cache)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+def _contents(cache: Path) -> dict[str, Any]:
+    """Return what every file holds, but for how long it took to make."""
+    found: dict[str, Any] = {}
+    for path in sorted(path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"):
+        found[str(path.relative_to(cache))] = hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.name == "meta.json":
+            content = json.loads(path.read_text())
+            meta = {name: value for name, value in content["meta"].items() if name != "tokenize_seconds"}
+            found[str(path.relative_to(cache))] = {"key": content["key"], "files": content["files"], "meta": meta}
+    return found
 
 
 def _caches(kills: int, folder: Path, generator: random.Random) -> dict[str, Any]:
@@ -182,8 +204,8 @@ def _caches(kills: int, folder: Path, generator: random.Random) -> dict[str, Any
     cache, damaged = folder / "cache_killed", 0
     while done < kills:
         shutil.rmtree(cache, ignore_errors=True)
-        if _kill(folder / "tokenised", TOKENISING, generator.uniform(0.05, 0.95) * seconds, cache=cache):
-            done += 1
+        moment = _building(cache, generator.choice((0, 1)))  # the tokenizer's cache, then that of the ids
+        done += _kill(folder / "tokenised", TOKENISING, generator.uniform(0.0, 0.5), cache=cache, reached=moment)
         _finish(folder / "tokenised", TOKENISING, cache=cache)
         damaged += _contents(cache) != _contents(folder / "cache_alone")
         print(f"tokenising: {done} of {kills} kills, {damaged} caches differ", flush=True)
@@ -230,6 +252,6 @@ def told(found: dict[str, dict[str, Any]], *, write: bool) -> Found:
         f"Up to {KILLS_PER_RUN} in a run, each followed "
         "by `resume=<folder>`, or by a new start in the same folder where no checkpoint was written yet. Compared bit for bit: weights, "
         "moments, schedule, random state, lagged cache, carried memory, every line of metrics.jsonl but speeds; for tokenising every "
-        "byte of the cache. After each kill every file under its final name was read."
+        "byte of the cache, killed within half a second after it was begun. After each kill every file under its final name was read."
     )
     return Found(f"{table(head, rows)}\n\n{text}", found)

@@ -74,8 +74,7 @@ def place_of(runtime: RuntimeConfig, environment: Mapping[str, str]) -> Place:
         return Place(rank, local_rank, node, world_size, starts_others=False)
     tasks = int(environment.get("SLURM_NTASKS", "1"))
     if tasks > 1 and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
-        rank, local_rank, node = (int(environment[name]) for name in names)
+        rank, local_rank, node = (int(environment[f"SLURM_{name}"]) for name in ("PROCID", "LOCALID", "NODEID"))
         _check_number(here, tasks // int(environment.get("SLURM_NNODES", "1")), "SLURM", "--ntasks-per-node")
         return Place(rank, local_rank, node, tasks, starts_others=False)
     return Place(0, 0, 0, here, starts_others=here > 1)

@@ -43,7 +43,7 @@ def told_to_first(value: T) -> list[T] | None:
     if world_size() == 1:
         return [value]
     found: list[T] | None = [value] * world_size() if rank() == 0 else None
-    dist.gather_object(value, found, dst=0)  # type: ignore[arg-type]
+    dist.gather_object(value, found, dst=0)
     return found
 
 

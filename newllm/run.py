@@ -106,7 +106,8 @@ def run_training(config: TrainConfig, folder: Path, overrides: list[str]) -> flo
         except (ValueError, TypeError) as error:
             refuse([str(error)])
         if ranks.rank() > 0:
-            return _followed(prepared)
+            _followed(prepared)
+            return None
         warn_of_loss(config.runtime)
         return _recorded(prepared, overrides)
 

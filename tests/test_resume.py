@@ -68,6 +68,7 @@ def assert_same(left: Any, right: Any, where: str = "") -> None:
 
 
 INFINI = ["model=infini", "size.num_layers=2", "layers.segment_length=8"]
+CONTEXT = ["model=context", "trainer.accumulate_batches=1", "trainer.slice_tokens=50"]
 PROCEDURES = {
     "standard": [*INFINI, "trainer=standard"],
     "sequential": [*INFINI, "trainer=sequential"],
@@ -80,6 +81,9 @@ PROCEDURES = {
         *("trainer=streaming", "trainer.detach_every=2", "trainer.context_tokens=5", "data.max_train_blocks=null"),
         *("model=multi_memory", "layers.memory_heads=2", "layers.segment_length=8", "model.feedback=additive"),
     ],
+    "cvfp_phase1": [*CONTEXT, "trainer=cvfp_phase1", "trainer.stop_at_converged_share=null"],
+    "cvfp_phase2": [*CONTEXT, "trainer=cvfp_phase2", "trainer.phase1=untrained", "trainer.batch_size=20"],
+    "cvfp": [*CONTEXT, "trainer=cvfp", "trainer.max_iterations=4", "trainer.batch_size=20"],
     "ema": [*INFINI, "trainer=lct", "trainer.ema_decay=0.9"],
     "selective": ["model=selective", "trainer=selective"],
     "trm": ["model=trm", "trainer=trm"],
@@ -104,7 +108,7 @@ def test_a_run_continued_twice_equals_the_run_never_interrupted(procedure: str, 
 
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "random_state"):
         assert_same(straight[part], continued[part], part)
-    for part in ("lagged_cache", "stream"):
+    for part in ("lagged_cache", "stream", "contexts"):
         if part in straight:
             assert_same(straight[part], continued[part], part)
     without_speed = [

@@ -27,6 +27,16 @@ def _memory_lines(last: dict[str, float], results: dict[str, Any]) -> list[str]:
     return told
 
 
+def _context_lines(facts: dict[str, Any]) -> list[str]:
+    """What contexts came to, of runs that learn them by themselves: of their own phase 1, or of the one they built on."""
+    phase1 = facts.get("phase1")
+    contexts = phase1.get("contexts") if isinstance(phase1, dict) else facts.get("contexts")
+    return [
+        f"{split} contexts, swept clean: converged {found['converged_share']}, effective rank {found['effective_rank']['uncentred']}"
+        for split, found in (contexts or {}).items()
+    ]
+
+
 def closing_lines(folder: Path, results: dict[str, Any]) -> str:
     """Return a few lines for the terminal.
 
@@ -36,7 +46,7 @@ def closing_lines(folder: Path, results: dict[str, Any]) -> str:
     """
     facts, lines = read_run(folder).facts, read_metrics(folder)
     last, _ = last_and_best(lines)
-    told = []
+    told = _context_lines(facts)
     if "val/loss" in last:
         told.append(
             f"exact validation loss {last['val/loss']:.4f} nats per token, perplexity {last['val/perplexity']:.1f}"

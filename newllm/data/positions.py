@@ -67,7 +67,7 @@ class Positions:
         if self.reset_at_text:
             starts |= self.stream[np.maximum(places - 1, 0)] == self.eos_id
         # A token is read unless a text begins behind it.
-        behind = np.cumsum(starts[:, ::-1], axis=1)[:, ::-1] - starts
+        behind: np.ndarray = np.cumsum(starts[:, ::-1], axis=1)[:, ::-1] - starts
         is_read = (behind == 0) & (places >= 0)
         row = {
             "input_ids": tokens[:, -1],

@@ -145,7 +145,7 @@ class CvfpPhase1Module(TrainingModule):
         only_trains(model, "context_block")
         options = self.options
         k = model.config.num_input_tokens
-        reading = {"num_input_tokens": k, "reset_at_text": options.reset_at_document}
+        reading: dict[str, Any] = {"num_input_tokens": k, "reset_at_text": options.reset_at_document}
         data.read_positions(PositionReading(options.slice_tokens, shuffle=False, held_out=True, **reading))
         self.positions: dict[str, Positions] = {
             "train": positions_of(data.prepared.train, **reading),

@@ -89,7 +89,10 @@ class CvfpPhase2Module(TrainingModule):
         super().__init__(model, NextTokenLoss(NextTokenConfig(kind="next_token")), config, token_bytes)
         only_trains(model, "token_block", "head")
         self.data, self.folder = data, folder
-        reading = {"num_input_tokens": model.config.num_input_tokens, "reset_at_text": self.options.reset_at_document}
+        reading: dict[str, Any] = {
+            "num_input_tokens": model.config.num_input_tokens,
+            "reset_at_text": self.options.reset_at_document,
+        }
         self.positions = positions_of(data.prepared.train, **reading)
         self.batch_size = self._batch_size()
         data.read_positions(PositionReading(self.batch_size, shuffle=True, held_out=False, **reading))

@@ -207,7 +207,7 @@ def progression_table(found: Sequence[Progression]) -> Table:
     """One row for all sizes and one for each window of every configuration."""
     rows = []
     for progression in found:
-        named = [("all sizes", progression.whole, None)]
+        named: list[tuple[str, Window, Change | None]] = [("all sizes", progression.whole, None)]
         changes = [None, *progression.changes]
         if len(progression.windows) > 1:
             pairs = enumerate(zip(progression.windows, changes, strict=True), start=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,8 @@ class DocumentStream:
 
     def documents(self, skipped: Counter[str]) -> Iterator[Document]:
         """Yield the documents from the beginning; counts those it skips, by reason."""
-        for record in read_records(self.records):
+        # A copy: what has been iterated keeps its position, and `records` stands at the beginning for all who read it.
+        for record in read_records(deepcopy(self.records)):
             document = self.document_of(record, skipped)
             if document is not None:
                 yield document

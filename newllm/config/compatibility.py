@@ -26,12 +26,22 @@ def check_run(config: TrainConfig, given: Collection[str] = ()) -> list[str]:
     return [
         *own,
         *evaluations,
+        *_evaluations_of_one_run(config),
         *_model_with_trainer(config),
         *_trainer_with_loss(config),
         *_data_with_tokenizer(config, given),
         *_shares(config),
         *_steps(config),
         *_root(config),
+    ]
+
+
+def _evaluations_of_one_run(config: TrainConfig) -> list[str]:
+    return [
+        f"evaluation=[{name}]: compares finished runs, this one has yet to be trained. Allowed: in evaluate.py. Leave it out here, "
+        f"then type python evaluate.py run=<folder of one of the runs> 'evaluation=[{name}]'."
+        for name, evaluation in config.evaluation.items()
+        if evaluation.across_runs
     ]
 
 

@@ -255,7 +255,13 @@ class LoggerConfig(GroupConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(GroupConfig):
-    """A measurement on a finished run; `kind` names newllm/evaluation/<kind>.py."""
+    """A measurement on a finished run; `kind` names newllm/evaluation/<kind>.py.
+
+    Attributes:
+        across_runs: the measurement compares several finished runs, so none can make it at its own end.
+    """
+
+    across_runs: ClassVar[bool] = False
 
     kind: str
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from newllm.config.fields import Range
 from newllm.config.schema import EvaluationConfig
@@ -16,17 +16,9 @@ from newllm.report.scaling import progressions, write_progressions
 class ScalingConfig(EvaluationConfig):
     """Which sizes are fitted together."""
 
-    window: Annotated[int, Range(minimum=3)]  # consecutive sizes
+    across_runs: ClassVar[bool] = True
 
-    def check(self, config: Any) -> list[str]:
-        """Return a sentence where a run that has yet to be trained asks for it."""
-        if not any(option.kind == self.kind for option in config.evaluation.values()):
-            return []
-        return [
-            "evaluation=[scaling]: compares finished runs of several sizes, one run cannot be compared. Allowed: in evaluate.py. "
-            "Type python train.py experiment=scaling, then python evaluate.py run=<folder of one of its runs> "
-            "'evaluation=[scaling]'."
-        ]
+    window: Annotated[int, Range(minimum=3)]  # consecutive sizes
 
 
 def measure(material: Material, options: ScalingConfig) -> dict[str, Any]:

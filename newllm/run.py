@@ -173,9 +173,10 @@ def _quieten() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    # Both are about the insides of libraries: nothing a user of ours could change.
+    # All are about the insides of libraries: nothing a user of ours could change.
     warnings.filterwarnings("ignore", message=".*set_vital.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
 
 
 def _prepare(config: TrainConfig, folder: Path) -> Prepared:

@@ -81,6 +81,10 @@ PROCEDURES = {
         *("trainer=streaming", "trainer.detach_every=2", "trainer.context_tokens=5", "data.max_train_blocks=null"),
         *("model=multi_memory", "layers.memory_heads=2", "layers.segment_length=8", "model.feedback=additive"),
     ],
+    "streamed_corpus": [
+        *(*INFINI, "trainer=standard", "data.streaming=true", "data.max_train_blocks=null", "data.validation=0:1"),
+        *("data.shuffle_buffer=900", "data.sample_characters=2000"),
+    ],
     "cvfp_phase1": [*CONTEXT, "trainer=cvfp_phase1", "trainer.stop_at_converged_share=null"],
     "cvfp_phase2": [*CONTEXT, "trainer=cvfp_phase2", "trainer.phase1=untrained", "trainer.batch_size=20"],
     "cvfp": [*CONTEXT, "trainer=cvfp", "trainer.max_iterations=4", "trainer.batch_size=20"],

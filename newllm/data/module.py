@@ -14,7 +14,7 @@ from newllm.data.lanes import LaneBatches, TextBlocks, in_lanes
 from newllm.data.loader import EpochBatches, PositionLoader, make_loader
 from newllm.data.positions import PositionReading, positions_of
 from newllm.data.prepared import PreparedData, Samples
-from newllm.data.streamed_blocks import StreamedBlocks, StreamLoader, TextStream, make_stream_loader, read_so_far
+from newllm.data.streamed_blocks import StreamedBlocks, StreamLoader, TextStream, make_stream_loader
 from newllm.data.tokenizer import Tokenizer
 from newllm.data.tokenizer_kinds import saved_tokenizer
 
@@ -37,7 +37,7 @@ class TextDataModule(LightningDataModule):
         self.in_lanes = in_lanes
         self.positions: PositionReading | None = None
         self._prepared: PreparedData | None = None
-        self._stream: StreamLoader | None = None  # the last one made, which training reads
+        self._read: dict[str, Any] = {}  # of a streamed corpus, up to the last checkpoint
 
     def prepare(self) -> None:
         """Read, tokenise or open the cache; the second call does nothing.
@@ -108,7 +108,7 @@ class TextDataModule(LightningDataModule):
     @property
     def facts(self) -> dict[str, Any]:
         """What run.json records of the data."""
-        read = {} if self._stream is None else {"read": read_so_far(self._stream)}
+        read = {} if self.prepared.stream is None else {"read": self._read}
         return {**self.prepared.facts, "fingerprint": self.fingerprint, **read}
 
     def compression_bits_per_byte(self) -> dict[str, float] | None:
@@ -194,8 +194,9 @@ class TextDataModule(LightningDataModule):
                 f"Allowed when streaming: multiples of {ranks['world_size']}. Change one of them."
             )
         blocks = StreamedBlocks(text, rows, seed=self.seed, shuffle=config.shuffle, **ranks)
-        self._stream = make_stream_loader(blocks, num_workers=config.num_workers, pin_memory=torch.cuda.is_available())
-        return self._stream
+        loader = make_stream_loader(blocks, num_workers=config.num_workers, pin_memory=torch.cuda.is_available())
+        self._read = loader.read  # not the loader: its processes end with it
+        return loader
 
     def _loader(
         self, samples: Samples, batch_size: int, *, num_workers: int, seed: int, shuffle: bool

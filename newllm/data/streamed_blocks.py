@@ -226,14 +226,24 @@ class StreamedBlocks(IterableDataset):
 
 
 class StreamLoader(StatefulDataLoader):
-    """A StatefulDataLoader over StreamedBlocks; its state holds the position of every reader."""
+    """A StatefulDataLoader over StreamedBlocks; its state holds the position of every reader.
+
+    Attributes:
+        read: what the readers had read and skipped when the state was last taken, as `read_so_far` tells it.
+    """
+
+    def __init__(self, blocks: StreamedBlocks, **settings: Any) -> None:
+        super().__init__(blocks, **settings)
+        self.read: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return ENDLESS
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position behind the last batch that was handed out."""
-        return {"readers": self._num_readers, "loader": super().state_dict()}
+        state = super().state_dict()
+        self.read.update(read_so_far(state))
+        return {"readers": self._num_readers, "loader": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue behind the batch at which the state was taken.
@@ -253,16 +263,20 @@ class StreamLoader(StatefulDataLoader):
         return self.dataset.world_size * max(1, self.num_workers)
 
 
-def read_so_far(loader: StreamLoader) -> dict[str, Any]:
-    """Return what the readers of this rank have read and skipped up to the last batch: sums over passes and readers."""
+def read_so_far(state: dict[str, Any]) -> dict[str, Any]:
+    """Return what the readers of a loader have read and skipped: sums over readers and passes.
+
+    Args:
+        state: of the loader.
+    """
     found: list[dict[str, Any]] = []
-    _collect(StatefulDataLoader.state_dict(loader), found)
+    _collect(state, found)
     total: Counter[str] = Counter()
-    for state in found:
-        total.update(state["read"])
+    for reader in found:
+        total.update(reader["read"])
     skipped = {name.removeprefix(SKIPPED): count for name, count in total.items() if name.startswith(SKIPPED)}
     others = {name.replace(" ", "_"): count for name, count in total.items() if not name.startswith(SKIPPED)}
-    passes = max((state["passes"] for state in found), default=0)
+    passes = min((reader["passes"] for reader in found), default=0)
     return {**others, "passes_completed": passes, "skipped": dict(sorted(skipped.items()))}
 
 

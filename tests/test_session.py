@@ -1,5 +1,7 @@
 """Reading, asking, freezing, moving and merging memories."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -358,3 +360,29 @@ def test_any_sequence_keeps_what_is_frozen_and_stays_finite(tmp_path_factory, st
         matrix = memories(reader)[0].memory.matrix
         assert matrix.isfinite().all()
         assert all(torch.equal(matrix[:, bank], bits) for bank, bits in kept.items())
+
+
+@pytest.mark.parametrize("banks", [[2], [-1], [0, 0], []])
+def test_loading_into_banks_that_do_not_exist_changes_nothing(tmp_path, banks):
+    reader = session()
+    reader.read(TEXT)
+    reader.export([0], tmp_path / "bank.safetensors")
+    before = reader.state
+
+    with pytest.raises(ValueError, match=r"into: banks .* Allowed: different ones of 0 to 1"):
+        reader.load(tmp_path / "bank.safetensors", into=banks)
+
+    assert reader.state is before
+
+
+@settings(max_examples=15, deadline=None)
+@given(cuts=st.lists(st.integers(0, len(TEXT)), max_size=5), chunk_tokens=st.integers(1, 9))
+def test_any_cutting_gives_one_state(cuts, chunk_tokens):
+    whole, cut = session("pythia infini"), session("pythia infini", chunk_tokens=chunk_tokens)
+    whole.read(TEXT)
+    edges = [0, *sorted(cuts), len(TEXT)]
+    for start, stop in itertools.pairwise(edges):
+        cut.read(TEXT[start:stop])
+
+    for name, tensor in tensors_of(whole.state).items():
+        torch.testing.assert_close(tensors_of(cut.state)[name], tensor, atol=1e-4, rtol=1e-4, msg=name)

@@ -12,11 +12,23 @@ from bench.measure import DEVICE, Found, paired_ratio, require_quiet, table, tak
 from bench.peers import import_peer, missing, problem_with, version_of
 from bench.steps import random_ids
 from newllm.models.create import create_model
-from newllm.recurrence import shift, solve
+from newllm.recurrence import Map, shift, solve
 from newllm.trainers.lag import sweep_map
 
 SHAPES = [(8, 128), (2, 512)]
 SWEEPS = 8
+
+
+def torchdeq(solver: str, step: Map, start: Tensor) -> Callable[[], Tensor]:
+    """Return a call that makes as many iterations of the same map with a solver of torchdeq."""
+    iterate = getattr(import_peer("torchdeq.solver.fp_iter"), solver)
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        # tau damps: 1 takes each new value whole, as a sweep does. What a tolerance of zero never ends is not ended early.
+        return iterate(lambda states, tau=1.0: step(shift(states)), start, max_iter=SWEEPS, tol=0.0)[0]
+
+    return call
 
 
 def run(quick: bool) -> Found:
@@ -32,18 +44,9 @@ def run(quick: bool) -> Found:
         calls: dict[str, Callable[[], object]] = {"ours": own}
         agree = ""
         if problem_with("torchdeq") is None:
-            solvers = import_peer("torchdeq.solver.fp_iter")
-
-            def theirs(kind: str, f: Any = step, s: Tensor = start) -> Callable[[], Tensor]:
-                @torch.no_grad()
-                def call() -> Tensor:
-                    return getattr(solvers, kind)(lambda states: f(shift(states)), s, max_iter=SWEEPS, tol=0.0)[0]
-
-                return call
-
-            calls["torchdeq, simple"] = theirs("simple_fixed_point_iter")
-            calls["torchdeq, with statistics"] = theirs("fixed_point_iter")
-            difference = (own() - theirs("simple_fixed_point_iter")()).norm() / own().norm()
+            simple = calls["torchdeq, simple"] = torchdeq("simple_fixed_point_iter", step, start)
+            calls["torchdeq, with statistics"] = torchdeq("fixed_point_iter", step, start)
+            difference = (own() - simple()).norm() / own().norm()
             agree = f"{difference.item():.1e}"
         rows = take_turns(calls, rounds=2 if quick else 7)
         if not quick:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from newllm.config.fields import Range
 from newllm.config.schema import LossConfig
-from newllm.losses.next_token import NO_TARGET, token_nats
+from newllm.losses.next_token import NO_TARGET, mean_over_targets, token_nats
 from newllm.models.trm import TrmLM
 
 
@@ -77,7 +77,7 @@ class DeepSupervisionLoss(nn.Module):
         helps_no_more = halting_targets(nats.detach(), self.config.halting_margin)
         judged = model.halting_logits(levels_BTND).to(nats.dtype)
         judgement = nn.functional.binary_cross_entropy_with_logits(judged, helps_no_more, reduction="none")
-        return (nats + self.config.act_weight * judgement)[targets != NO_TARGET].mean()
+        return mean_over_targets(nats + self.config.act_weight * judgement, targets)
 
     @torch.no_grad()
     def statistics(self, model: TrmLM, levels_BTND: Tensor, targets: Tensor) -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from newllm.config.fields import Range
 from newllm.config.schema import LossConfig
-from newllm.losses.next_token import NO_TARGET, token_nats
+from newllm.losses.next_token import mean_over_targets, token_nats
 from newllm.models.selective import SelectiveLM
 
 
@@ -82,8 +82,7 @@ class HaltingLoss(nn.Module):
         prior = geometric_log_shares(model.skip_interval, self.config.prior).to(shares)
         divergence = (shares * (log_shares - prior)).sum(dim=-1)
         nats = (shares * step_nats(model, levels_BTsD, targets)).sum(dim=-1)
-        is_target = targets != NO_TARGET
-        return (nats + self.config.kl_weight * divergence)[is_target].mean()
+        return mean_over_targets(nats + self.config.kl_weight * divergence, targets)
 
     @torch.no_grad()
     def statistics(self, model: SelectiveLM, levels_BTsD: Tensor, targets: Tensor) -> dict[str, float]:

@@ -33,6 +33,15 @@ def token_nats(model: LanguageModel, hidden: Tensor, targets: Tensor) -> Tensor:
     return nats.view(targets.shape)
 
 
+def mean_over_targets(values: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean of values [B, T, ...] over the positions with a target, a scalar.
+
+    Picking them by a mask would have the host wait for the device, to learn how many there are.
+    """
+    is_target = (targets != NO_TARGET).view(*targets.shape, *[1] * (values.dim() - targets.dim()))
+    return values.where(is_target, 0).sum() / is_target.expand_as(values).sum()
+
+
 class NextTokenLoss(nn.Module):
     """Mean cross entropy over all targets of a batch, nats per token; `NO_TARGET` positions do not count.
 

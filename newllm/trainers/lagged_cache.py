@@ -46,6 +46,7 @@ class LaggedCache:
     ) -> None:
         self.shape, self.dtype, self.path = (num_samples, length, dim), DTYPES[dtype], path
         self.visits = torch.zeros(num_samples, dtype=torch.int64)
+        self._travelling: list[tuple[Tensor, Tensor, torch.cuda.Event]] = []
         check_fits(self.nbytes, path)
         if path is None:
             self.states = torch.zeros(self.shape, dtype=self.dtype)
@@ -59,29 +60,40 @@ class LaggedCache:
 
     def is_visited(self, sample_ids: Tensor) -> Tensor:
         """Return True for samples whose states are known, [B]."""
+        self._settle()
         return self.visits[sample_ids.cpu()] > 0
 
     def gather(self, sample_ids: Tensor, *, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the samples' states of their last visit [B, T, D]; zeros before the first."""
+        self._settle()
         rows = self.states[sample_ids.cpu()]
         if device.type == "cuda":
             rows = rows.pin_memory()
         return rows.to(device, non_blocking=True).to(dtype)
 
     def scatter(self, sample_ids: Tensor, states_BTD: Tensor) -> None:
-        """Keep the samples' states; nothing of their graph stays. A sample whose states are not finite keeps those it had."""
-        states = states_BTD.detach().to(self.dtype).cpu()
-        is_finite = states.flatten(1).isfinite().all(dim=1)
-        rows = sample_ids.cpu()[is_finite]
-        self.states[rows] = states[is_finite]
-        self.visits[rows] += 1
+        """Keep the samples' states; nothing of their graph stays. A sample whose states are not finite keeps those it had.
+
+        From a GPU they travel while the step goes on, and are put in their places before anything is asked of the cache.
+        """
+        states = states_BTD.detach().to(self.dtype)
+        if states.device.type != "cuda":
+            self._put(sample_ids, states)
+            return
+        host = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
+        host.copy_(states, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._travelling.append((sample_ids, host, arrived))
 
     def forget(self) -> None:
         """Count every sample as never visited."""
+        self._travelling.clear()
         self.visits.zero_()
 
     def state_dict(self, *, with_states: bool) -> dict[str, Tensor]:
         """Return what a checkpoint carries: the visits, and the states if asked for."""
+        self._settle()
         carried = {"visits": self.visits.clone()}
         return carried | ({"states": self.states.clone()} if with_states else {})
 
@@ -94,9 +106,23 @@ class LaggedCache:
         if "states" not in carried:
             self.forget()
             return False
+        self._travelling.clear()
         self.visits.copy_(carried["visits"])
         self.states.copy_(carried["states"])
         return True
+
+    def _put(self, sample_ids: Tensor, states: Tensor) -> None:
+        is_finite = states.flatten(1).isfinite().all(dim=1)
+        rows = sample_ids.cpu()[is_finite]
+        self.states[rows] = states[is_finite]
+        self.visits[rows] += 1
+
+    def _settle(self) -> None:
+        """Put states that are still travelling in their places."""
+        while self._travelling:
+            sample_ids, states, arrived = self._travelling.pop(0)
+            arrived.synchronize()
+            self._put(sample_ids, states)
 
 
 def cache_bytes(num_samples: int, length: int, dim: int, dtype: torch.dtype) -> int:

@@ -126,6 +126,10 @@ class LctModule(TrainingModule):
             states[rows] = self._first_states(input_ids[rows], zeros[rows])
         return states
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        # The cache lies on the host: to ask the device for the ids would wait for all work on it.
+        return {**super().transfer_batch_to_device(batch, device, dataloader_idx), "sample_id": batch["sample_id"]}
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         self._auto_batch = {name: tensor[:PROBE_ROWS] for name, tensor in batch.items()}
         return super().training_step(batch, batch_index)

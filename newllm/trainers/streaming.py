@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from newllm import ranks
@@ -92,6 +93,10 @@ class StreamingModule(TrainingModule):
     def state_before(self, batch: Batch) -> Any:
         kept = None if self.state is None else self.state.to(batch["input_ids"].device)
         return begin(self.model, kept, batch)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        # Where texts begin decides which rows are emptied: to ask the device for it would wait for all work on it.
+        return {**super().transfer_batch_to_device(batch, device, dataloader_idx), "starts_text": batch["starts_text"]}
 
     def states(self, batch: Batch) -> Tensor:
         """Return the hidden states of the next block of every lane, and keep the state after it."""

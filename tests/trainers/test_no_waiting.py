@@ -1,0 +1,135 @@
+"""A training step asks the device for nothing: no number is read and no result's shape depends on values.
+
+On a CPU the operations that would make the host wait for a GPU are found by name, for values that come from weights or batch.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from newllm.config.compose import compose
+from newllm.config.typed import real_config
+from newllm.models.create import build_model
+from newllm.trainers.base import TrainingModule
+from newllm.trainers.build import build_training_module
+
+VOCABULARY, ROWS, LENGTH = 64, 3, 20
+WAITING = {
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",
+    "aten::equal",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::unique2",
+    "aten::_unique2",
+    "aten::bincount",
+    "aten::repeat_interleave",
+}
+HOST = ("sample_id", "starts_text")  # parts of a batch that stay on the host where the procedure reads them there
+PROCEDURES = {
+    "standard-pythia": ["model=pythia"],
+    "standard-infini": ["model=infini", "layers.segment_length=8"],
+    "standard-delta_token": ["model=infini", "layers.segment_length=8", "layers.memory_kernel=delta_token"],
+    "standard-multi_memory": ["model=multi_memory", "layers.segment_length=8"],
+    "standard-hierarchical": ["model=hierarchical", "layers.segment_length=8"],
+    "lct-infini": ["model=infini", "layers.segment_length=8", "trainer=lct", "trainer.cache=none"],
+    "lct-context": ["model=context", "trainer=lct", "trainer.cache=none"],
+    "lct-new_llm": ["model=new_llm", "trainer=lct", "trainer.cache=none"],
+    "lct-context_pythia": ["model=context_pythia", "trainer=lct", "trainer.cache=none"],
+    "sequential": ["model=infini", "layers.segment_length=8", "trainer=sequential"],
+    "streaming": ["model=infini", "layers.segment_length=8", "trainer=streaming"],
+    "selective-fixed": ["model=selective", "trainer=selective", "loss=fixed_skip"],
+    "selective-halting": ["model=selective", "model.halting=learned", "trainer=selective", "loss=halting"],
+    "trm": ["model=trm", "trainer=trm", "loss=deep_supervision"],
+}
+
+
+class Waits(TorchDispatchMode):
+    """Notes operations that would wait, among those that read what comes from the given tensors."""
+
+    def __init__(self, on_device: list[Tensor]) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self._held = list(on_device)  # held, so that no id is given out twice
+        self._ids = {id(tensor) for tensor in on_device}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+        reads_device = any(id(tensor) in self._ids for tensor in inputs)
+        name = func.name().partition(".")[0]
+        picks_by_mask = name in ("aten::index", "aten::index_put", "aten::index_put_") and any(
+            tensor.dtype == torch.bool and id(tensor) in self._ids for tensor in inputs[1:]
+        )
+        if reads_device and (name in WAITING or picks_by_mask):
+            self.found.add(name)
+        result = func(*args, **(kwargs or {}))
+        if reads_device:
+            new = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            self._held += new
+            self._ids |= {id(tensor) for tensor in new}
+        return result
+
+
+def prepared(overrides: list[str], folder: Path, device: str = "cpu") -> tuple[TrainingModule, Any, dict[str, Tensor]]:
+    """A procedure, its optimizer, and a batch in which some positions have no target."""
+    config = real_config(compose([*overrides, f"data.block_length={LENGTH}", f"data.batch_size={ROWS}"]))
+    model = build_model(config, VOCABULARY).to(device).train()
+    module = build_training_module(model, config, torch.ones(VOCABULARY), num_samples=8, folder=folder).to(device)
+    ids = torch.randint(VOCABULARY, (ROWS, LENGTH), device=device)
+    labels = ids.roll(-1, dims=1)
+    labels[:, -1] = -100
+    starts = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
+    starts[:, 0] = True
+    batch = {"input_ids": ids, "labels": labels, "sample_id": torch.arange(ROWS), "starts_text": starts}
+    return module, module.configure_optimizers()["optimizer"], batch
+
+
+def step(module: TrainingModule, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> None:
+    module.backward(module.training_step(batch, 0))
+    torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", PROCEDURES)
+def test_a_training_step_reads_nothing_from_the_device(name: str, tmp_path: Path) -> None:
+    module, optimizer, batch = prepared(PROCEDURES[name], tmp_path)
+    step(module, optimizer, batch)
+    on_device = [*module.parameters(), *[tensor for key, tensor in batch.items() if key not in HOST]]
+
+    with Waits(on_device) as waits:
+        step(module, optimizer, batch)
+
+    assert not waits.found
+
+
+def test_reading_a_number_is_found() -> None:
+    weight = torch.ones(2, requires_grad=True)
+
+    with Waits([weight]) as waits:
+        if (2 * weight).sum() > 1:
+            torch.zeros(3)[torch.zeros(3) > 1]  # of the host alone
+        weight.detach()[weight.detach() > 1]
+
+    assert waits.found == {"aten::_local_scalar_dense", "aten::index"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [*PROCEDURES, "lct-cache"])
+def test_a_training_step_does_not_synchronise_on_cuda(name: str, tmp_path: Path) -> None:
+    overrides = PROCEDURES.get(name, ["model=infini", "trainer=lct", "trainer.cache=ram"])
+    module, optimizer, batch = prepared(overrides, tmp_path, "cuda")
+    for _ in range(2):
+        step(module, optimizer, batch)
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(module, optimizer, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -115,7 +115,7 @@ def _cache(config: TrainConfig, num_samples: int, dim: int) -> str:
     kind = getattr(config.trainer, "cache", "none")
     if kind == "none" or not hasattr(config.trainer, "cache_dtype"):
         return "none"
-    dtype = DTYPES[config.trainer.cache_dtype]  # type: ignore[attr-defined]  # the schema of trainer=lct
+    dtype = DTYPES[config.trainer.cache_dtype]
     return f"{cache_bytes(num_samples, config.data.block_length, dim, dtype):,} bytes ({kind})"
 
 

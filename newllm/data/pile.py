@@ -53,8 +53,8 @@ def prepare(data: PileConfig, tokenizer: TokenizerConfig) -> PreparedData:
     form, least = pile_form(), data.min_characters
     split = HubSplit(data.repository, data.revision, SPLIT, form, "pile", least)
     if data.streaming:
-        local = data.path is not None
-        stream = file_stream(data.path, form, kind="pile", min_characters=least) if local else split.stream()
+        path = data.path
+        stream = split.stream() if path is None else file_stream(path, form, kind="pile", min_characters=least)
         return prepare_streamed(stream, data, tokenizer, stream_rule(data.validation, data, form=form))
     source = split.source() if data.path is None else file_source(data.path, form, kind="pile")
     source = first_documents(source, min_characters=least, max_documents=data.max_documents)

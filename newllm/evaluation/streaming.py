@@ -66,7 +66,7 @@ class StreamReading:
         self._keep(self._states.get("exact"))
         return found
 
-    def score(self, batch: Batch, token_bytes: Tensor | None) -> dict[Mode, Score]:
+    def score(self, batch: Batch, token_bytes: Tensor | None) -> dict[str, Score]:
         """Return the score of each reading of the next batch.
 
         Args:

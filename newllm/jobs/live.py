@@ -45,7 +45,7 @@ def live_rows(records: Sequence[JobRecord], now: float) -> list[tuple[str, ...]]
         records: jobs that have begun.
         now: seconds since 1970.
     """
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for record in records:
         if record.status != "running":
             continue

@@ -40,7 +40,7 @@ def mean_nats(features_NF: Tensor, weight: Tensor, bias: Tensor | None, targets_
         rows: rows whose logits exist at once.
     """
     weight, features_NF = _as_autocast(weight), _as_autocast(features_NF)
-    return _MeanNats.apply(features_NF, weight, bias, targets_N, rows, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return _MeanNats.apply(features_NF, weight, bias, targets_N, rows, torch.is_grad_enabled())
 
 
 def row_nats(features_NF: Tensor, weight: Tensor, bias: Tensor | None, targets_N: Tensor, *, rows: int) -> Tensor:

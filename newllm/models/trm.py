@@ -111,6 +111,7 @@ class TrmLM(LanguageModel):
     each update of the latent; halting is judged per token; one optimizer step for all supervision steps.
     """
 
+    max_positions: int
     tied_parameters = (("embedding.weight", "head.weight"),)
 
     def __init__(

@@ -126,7 +126,7 @@ class StreamingModule(TrainingModule):
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         assert self._reading is not None, "validation begins with on_validation_epoch_start"
-        self.sums.add(batch, batch_index, dict(self._reading.score(batch, self.token_bytes)))
+        self.sums.add(batch, batch_index, self._reading.score(batch, self.token_bytes))
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()

@@ -57,9 +57,9 @@ def test_prompts_of_a_file_become_lines_of_json(tmp_path: Path) -> None:
 
 def test_file_that_is_not_utf8_is_refused_with_the_byte(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
-    path.write_bytes("caf\u00e9\n".encode() + b"caf\xe9\n")
+    path.write_bytes("tr\u00e9s\n".encode() + b"tr\xe9s\n")
 
-    with pytest.raises(ValueError, match=r"prompts\.txt: is not UTF-8 at byte 9 \(0xe9\)\. Allowed: UTF-8"):
+    with pytest.raises(ValueError, match=r"prompts\.txt: is not UTF-8 at byte 8 \(0xe9\)\. Allowed: UTF-8"):
         read_prompts(str(path))
 
 

@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def test_weights_and_biases_has_the_names_and_steps_of_the_run(tmp_path: Path, m
     board.close()
 
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    said = _written(file)
+    said = _finished(file)
     lines: dict[int, dict[str, float]] = {}
     for entry in said["history"]:
         if "samples._type" not in entry and "samples" not in entry:
@@ -85,6 +86,15 @@ def test_weights_and_biases_has_the_names_and_steps_of_the_run(tmp_path: Path, m
     assert said["project"] == "newllm"
 
 
+def _finished(file: Path) -> dict[str, Any]:
+    """What an offline run left; the process of the package that writes it may end after `finish` has returned."""
+    for _ in range(300):
+        if (said := _written(file))["has_ended"]:
+            return said
+        time.sleep(0.1)
+    raise AssertionError(f"{file} was not finished in 30 s")
+
+
 def _written(file: Path) -> dict[str, Any]:
     """What an offline run left for `wandb sync`."""
     from wandb.proto import wandb_internal_pb2
@@ -92,7 +102,7 @@ def _written(file: Path) -> dict[str, Any]:
     def values(items: Any) -> dict[str, Any]:
         return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
-    found: dict[str, Any] = {"history": [], "config": {}, "summary": {}}
+    found: dict[str, Any] = {"history": [], "config": {}, "summary": {}, "has_ended": False}
     for data in _logged(file.read_bytes()):
         record = wandb_internal_pb2.Record.FromString(data)
         kind = record.WhichOneof("record_type")
@@ -103,16 +113,20 @@ def _written(file: Path) -> dict[str, Any]:
             found["history"].append(values(record.history.item))
         elif kind == "summary":
             found["summary"] |= values(record.summary.update)
+        elif kind == "exit":
+            found["has_ended"] = True
     return found
 
 
 def _logged(content: bytes) -> Iterator[bytes]:
     """The records of a LevelDB log: blocks of 32 KiB, each piece after its checksum, length and kind."""
     place, record = 7, b""  # the file's own name and version come first
-    while place + 7 <= len(content):
+    while place + 7 <= len(content):  # a last piece that is being written is shorter than it says, and gives nothing
         if 2**15 - place % 2**15 < 7:
             place += 2**15 - place % 2**15
         length, kind = struct.unpack_from("<HB", content, place + 4)
+        if place + 7 + length > len(content):
+            return
         record += content[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last piece

@@ -7,7 +7,7 @@ other tokens than the same name inside it, and an answer in the other direction 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import numpy as np
 
@@ -122,7 +122,12 @@ class Fact:
         return [self._sentence(" ".join(reversed(text.split()))) for text in templates]
 
     def asked(self, direction: Direction) -> str:
-        """Return the sentence of a direction in the template that was left out: its last entity is asked for."""
+        """Return a sentence of a direction whose last entity is asked for; one of training where the direction was trained."""
+        templates = self._templates(direction)
+        return self._sentence(templates[(self.left_out + 1) % len(templates)])
+
+    def reworded(self, direction: Direction) -> str:
+        """Return the sentence of a direction in the template that was left out."""
         return self._sentence(self._templates(direction)[self.left_out])
 
     def _templates(self, direction: Direction) -> tuple[str, ...]:
@@ -176,7 +181,8 @@ def capitals() -> list[tuple[str, str]]:
     """
     from countryinfo import all_countries
 
-    pairs = sorted({(country.name(), country.capital()) for country in all_countries() if _is_name(country.capital())})
+    named = {country.name(): country.capital() for country in all_countries()}
+    pairs = sorted((country, capital) for country, capital in named.items() if _is_name(capital))
     names = Counter(name for pair in pairs for name in pair)
     padded = {name: f" {name} " for name in names}
 
@@ -188,7 +194,7 @@ def capitals() -> list[tuple[str, str]]:
     return [pair for pair in pairs if all(is_clear(name) for name in pair)]
 
 
-def _is_name(capital: object) -> bool:
+def _is_name(capital: object) -> TypeGuard[str]:
     return isinstance(capital, str) and bool(capital.strip())
 
 

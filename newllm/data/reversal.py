@@ -131,7 +131,7 @@ def prepare(data: ReversalConfig, tokenizer_config: TokenizerConfig) -> Prepared
     sentences = training_sentences(facts, reverse=data.reverse)
     texts = {
         "train": sentences + verses,
-        "validation": [fact.asked(direction) for fact in facts for direction in fact.directions],
+        "validation": [fact.reworded(direction) for fact in facts for direction in fact.directions],
         "test": [fact.asked("backward") for fact in facts if not fact.both_ways],
     }
     tokenizer = ready_tokenizer(tokenizer_config) or train_tokenizer(tokenizer_config, texts["train"])

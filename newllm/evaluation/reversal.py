@@ -74,8 +74,8 @@ class Answers:
 def measure(material: Material, options: ReversalConfig) -> dict[str, Any]:
     """Return what is known of the facts in both directions, apart for those trained in one and in both.
 
-    Sentences are in the template that the fact left out of training, each read after an end of text from an empty state; only the
-    entity they end with is scored.
+    Each sentence is read after an end of text from an empty state; only the entity it ends with is scored. What was trained is asked
+    for in the words of training, so that a wrong answer backward is not one of who never learnt the fact.
 
     Args:
         material: model and facts.
@@ -83,7 +83,8 @@ def measure(material: Material, options: ReversalConfig) -> dict[str, Any]:
     Returns:
         `one_way` and `both_ways`, where there are such facts: `facts` (how many), `forward` and `backward` with `exact_match` (share),
         `mean_reciprocal_rank` among the entities of the group that are of the same kind, both also by chance, `margin_nats` (log p of
-        the right entity less that of a random one of its kind) and its `p_value`; `forward_perplexity`, `backward_perplexity` (exp of
+        the right entity less that of a random one of its kind) and its `p_value`; `forward_reworded`, the same in the template that
+        the fact left out of training; `forward_perplexity`, `backward_perplexity` (exp of
         the mean over sentences of nats per token) and their `gap`. Below the gate `backward`, its perplexity and the gap are a
         sentence that says so.
     Raises:
@@ -113,7 +114,9 @@ def _measure_group(
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"facts": len(facts)}
     forward = _answers(material, tokenizer, facts, "forward", options.seed).figures()
-    found |= {"forward": forward, "forward_perplexity": _perplexity(material, tokenizer, facts, "forward")}
+    reworded = _answers(material, tokenizer, facts, "forward", options.seed, reworded=True).figures()
+    found |= {"forward": forward, "forward_reworded": reworded}
+    found["forward_perplexity"] = _perplexity(material, tokenizer, facts, "forward")
     if forward["exact_match"] <= options.forward_exact_match:
         reason = (
             f"not told: forward exact match {forward['exact_match']:.3f} is not above {options.forward_exact_match}"
@@ -133,13 +136,22 @@ def _perplexity(material: Material, tokenizer: Tokenizer, facts: list[Fact], dir
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _answers(material: Material, tokenizer: Tokenizer, facts: list[Fact], direction: Direction, seed: int) -> Answers:
+def _answers(
+    material: Material,
+    tokenizer: Tokenizer,
+    facts: list[Fact],
+    direction: Direction,
+    seed: int,
+    *,
+    reworded: bool = False,
+) -> Answers:
     found = Answers([], [], [], [])
     generator = np.random.default_rng(seed)
     for relation in dict.fromkeys(fact.relation for fact in facts):
         asked = [fact for fact in facts if fact.relation == relation]
         entities = [fact.answer(direction) for fact in asked]  # each belongs to one fact
-        pairs = [_divided(tokenizer, fact, direction) for fact in asked]
+        sentences = [fact.reworded(direction) if reworded else fact.asked(direction) for fact in asked]
+        pairs = [_divided(tokenizer, *pair) for pair in zip(sentences, entities, strict=True)]
         prompts = [[tokenizer.eos_id, *prompt] for prompt, _ in pairs]
         scores, is_likeliest = answer_scores(material.model, prompts, [answer for _, answer in pairs])
         right = scores.diagonal()
@@ -152,13 +164,12 @@ def _answers(material: Material, tokenizer: Tokenizer, facts: list[Fact], direct
     return found
 
 
-def _divided(tokenizer: Tokenizer, fact: Fact, direction: Direction) -> tuple[list[int], list[int]]:
-    """Token ids of the sentence up to the entity asked for, and of the entity."""
-    sentence, entity = fact.asked(direction), f" {fact.answer(direction)}"
-    prompt, answer = tokenizer.encode(sentence.removesuffix(entity)), tokenizer.encode(entity)
+def _divided(tokenizer: Tokenizer, sentence: str, entity: str) -> tuple[list[int], list[int]]:
+    """Token ids of the sentence up to the entity that it ends with, and of the entity."""
+    prompt, answer = tokenizer.encode(sentence.removesuffix(f" {entity}")), tokenizer.encode(f" {entity}")
     if prompt + answer != tokenizer.encode(sentence):
         raise ValueError(
-            f"evaluation.reversal: the tokenizer joins{entity} with the text before it. Allowed: tokenizers that divide "
+            f"evaluation.reversal: the tokenizer joins {entity} with the text before it. Allowed: tokenizers that divide "
             "text at spaces. Train with tokenizer=bpe or tokenizer=bytes."
         )
     return prompt, answer

@@ -14,6 +14,7 @@ from newllm.report.statistics import mean_and_deviation
 LARGEST = "p, largest"
 COLUMNS = (
     ("forward exact match", ("forward", "exact_match")),
+    ("reworded", ("forward_reworded", "exact_match")),
     ("backward exact match", ("backward", "exact_match")),
     ("backward MRR", ("backward", "mean_reciprocal_rank")),
     ("by chance", ("backward", "chance_mean_reciprocal_rank")),

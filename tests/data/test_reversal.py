@@ -8,7 +8,7 @@ from small_texts import BPE, BYTES, shared_keys
 
 from newllm.config.compose import compose
 from newllm.config.problems import ConfigError
-from newllm.data.facts import RELATIONS, capitals, draw_facts
+from newllm.data.facts import DIRECTIONS, RELATIONS, capitals, draw_facts
 from newllm.data.module import TextDataModule
 from newllm.data.reversal import ReversalConfig, facts_of, read_verses, training_sentences
 
@@ -66,7 +66,9 @@ def test_each_template_is_trained_by_some_facts_and_asked_of_the_others() -> Non
     sentences = training_sentences(facts, reverse=True)
 
     assert {fact.left_out for fact in facts if fact.both_ways} == {0, 1, 2}
-    assert not {fact.asked(direction) for fact in facts for direction in ("forward", "backward")} & set(sentences)
+    assert not {fact.reworded(direction) for fact in facts for direction in ("forward", "backward")} & set(sentences)
+    asked = {(fact, direction): fact.asked(direction) in sentences for fact in facts for direction in DIRECTIONS}
+    assert all(is_trained == (direction in fact.directions) for (fact, direction), is_trained in asked.items())
     assert len(set(sentences)) == len(sentences)
 
 
@@ -88,7 +90,8 @@ def test_reversal_keeps_entities_whole() -> None:
     assert fact.left_out == 0
     assert fact.trained("forward") == [f" {a} is the author of {b}", f" The book by {a} is called {b}"]
     assert fact.reversed("forward") == [f" {b} of author the is {a}", f" {b} called is {a} by book The"]
-    assert fact.asked("backward") == f" {b} was written by {a}"
+    assert fact.asked("backward") == f" {b} is a book by {a}"
+    assert fact.reworded("backward") == f" {b} was written by {a}"
 
 
 def test_every_sentence_ends_with_the_entity_asked_for() -> None:

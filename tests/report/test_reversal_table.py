@@ -29,9 +29,9 @@ def test_seeds_below_the_gate_are_counted_and_tell_nothing(tmp_path: Path, capsy
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].strip("|").split("|")]
     assert cells[1:3] == ["one way (10)", "3"]
     assert cells[3] == "0.833 +- 0.29"
-    assert cells[4] == "0.3 +- 0.14 (2 of 3)"
-    assert cells[8] == "0.04"
-    assert cells[10] == "5 +- 0 (2 of 3)"
+    assert cells[5] == "0.3 +- 0.14 (2 of 3)"
+    assert cells[9] == "0.04"
+    assert cells[11] == "5 +- 0 (2 of 3)"
 
 
 def test_runs_without_the_measurement_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -26,6 +26,8 @@ BENCHES = {
     "cvfp_phase1": "CVFP phase 1 against exact passes and steps for every token",
     "lct_speed": "Lagged Cache Training against exact training",
     "scaling": "How cost grows",
+    "tokenising": "Tokenising beside the tokenizers library",
+    "streaming_memory": "Memory of a streamed corpus",
     "faults": "Killed at any moment",
 }
 DOCS = Path(__file__).parent.parent / "docs" / "benchmarks.md"

@@ -120,7 +120,7 @@ def test_a_sweep_of_shared_jobs_makes_one_folder_per_job(tmp_path: Path):
     _, errors = process.communicate(timeout=280)
 
     assert process.returncode == 0, errors
-    folders = sorted((tmp_path / "train").iterdir())
+    folders = sorted(path for path in (tmp_path / "train").iterdir() if path.is_dir())
     assert [sorted({"DONE", "log.txt"} & {path.name for path in folder.iterdir()}) for folder in folders] == [
         ["DONE", "log.txt"]
     ] * 2

@@ -23,7 +23,7 @@ demo: setup ## train the main job on the embedded corpus (two minutes), then eva
 	$(BIN)/python train.py experiment=first_run
 
 test: setup ## run the tests (SLOW=1 adds the long ones)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q -m "$(MARKS)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q -m "$(MARKS)"
 
 lint: setup ## check format, lint, spelling and types
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from newllm.report.phase1 import contexts_of
 from newllm.run_record import last_and_best, read_metrics, read_run
 
 
@@ -28,12 +29,10 @@ def _memory_lines(last: dict[str, float], results: dict[str, Any]) -> list[str]:
 
 
 def _context_lines(facts: dict[str, Any]) -> list[str]:
-    """What contexts came to, of runs that learn them by themselves: of their own phase 1, or of the one they built on."""
-    phase1 = facts.get("phase1")
-    contexts = phase1.get("contexts") if isinstance(phase1, dict) else facts.get("contexts")
+    """What contexts came to, of runs that learn them by themselves."""
     return [
         f"{split} contexts, swept clean: converged {found['converged_share']}, effective rank {found['effective_rank']['uncentred']}"
-        for split, found in (contexts or {}).items()
+        for split, found in contexts_of(facts).items()
     ]
 
 

@@ -18,7 +18,11 @@ from newllm.whole_file import remove_leftovers, write_whole
 Metrics = dict[str, float]
 
 HIGHER_IS_BETTER = frozenset(
-    ("val/accuracy", "context/effective_rank", "context/converged_share", "speed/tokens_per_second", "speed/mfu")
+    (
+        *("val/accuracy", "speed/tokens_per_second", "speed/mfu"),
+        *("context/effective_rank", "context/effective_rank_validation"),
+        *("context/converged_share", "context/converged_share_validation"),
+    )
 )
 
 

@@ -24,8 +24,6 @@ def describe_cost(config: TrainConfig) -> str:
     with torch.device("meta"):
         model = build_model(config, data.vocab_size)
     parameters, length = count_parameters(model), config.data.block_length
-    batch = config.data.batch_size * config.trainer.accumulate_batches
-    visits = config.trainer.max_steps * batch / data.num_train_samples
     flops = model.flops_per_token(length)
     rows = [
         ("parameters", f"{parameters['total']:,} ({parameters['trainable']:,} trained)"),
@@ -33,8 +31,8 @@ def describe_cost(config: TrainConfig) -> str:
         ("training FLOPs", _training_flops(config, model)),
         ("state per text", f"{model.state_bytes(length):,} bytes after {length} tokens"),
         ("lagged cache", _cache(config, data.num_train_samples, model.dim)),
-        ("steps", f"{config.trainer.max_steps:,} of {batch} blocks of {length} tokens"),
-        ("visits per sample", _visits(data, visits)),
+        *_contexts(config, model, data),
+        *_steps(config, data),
         ("validation", f"{data.num_validation_samples:,} blocks every {config.trainer.validate_every_steps:,} steps"),
         ("memory, about", f"{_memory_bytes(config, parameters, data.vocab_size) / 2**20:,.0f} MiB{_of_free(config)}"),
     ]
@@ -89,6 +87,25 @@ def _copies(parameters: dict[str, int], config: TrainConfig) -> float:
     value = 8 if config.runtime.precision == "64-true" else 4
     average = parameters["total"] if config.trainer.ema_decay is not None else 0
     return value * (parameters["total"] + 3 * parameters["trainable"] + average)
+
+
+def _contexts(config: TrainConfig, model: LanguageModel, data: TextDataModule) -> list[tuple[str, str]]:
+    """What is kept of every position of the training text, of procedures that keep something."""
+    values = training_module_class(config.trainer.kind).kept_values(model)
+    kept = 4 * values * data.num_train_samples * config.data.block_length
+    return [("contexts", f"{kept:,} bytes ({getattr(config.trainer, 'cache', 'ram')})")] if kept else []
+
+
+def _steps(config: TrainConfig, data: TextDataModule) -> list[tuple[str, str]]:
+    """How many, of how much text, and how often each sample is visited."""
+    length, steps = config.data.block_length, config.trainer.max_steps
+    total = data.num_train_samples * length
+    positions = training_module_class(config.trainer.kind).positions_per_step(config, total)
+    if positions is None:
+        return [("steps", f"{steps:,} at most, of as many positions as fit")]
+    blocks = config.data.batch_size * config.trainer.accumulate_batches
+    each = f"{blocks} blocks of {length} tokens" if positions == blocks * length else f"{positions:,} positions"
+    return [("steps", f"{steps:,} of {each}"), ("visits per sample", _visits(data, steps * positions / max(total, 1)))]
 
 
 def _visits(data: TextDataModule, visits: float) -> str:

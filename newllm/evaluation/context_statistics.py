@@ -30,12 +30,14 @@ def effective_rank(contexts_NC: Tensor) -> float:
 def rank_report(contexts_NC: Tensor) -> dict[str, Any]:
     """Return the effective rank of contexts as they are and around their mean, each over C, and whether N is enough to say so.
 
-    Fewer rows than ten per dim hold the rank down, whatever the contexts are.
+    Fewer rows than ten per dim hold the rank down, whatever the contexts are: no figure stands without that.
     """
     num_rows, width = contexts_NC.shape
     ranks = {"uncentred": effective_rank(contexts_NC), "centred": effective_rank(contexts_NC - contexts_NC.mean(0))}
-    said = {name: f"{rank / width:.1%} ({rank:.1f}/{width})" for name, rank in ranks.items()}
-    return {**said, "rows": num_rows, "rows_are_enough": num_rows >= ROWS_PER_DIM * width}
+    are_enough = num_rows >= ROWS_PER_DIM * width
+    beside = "" if are_enough else f", held down by few rows: {num_rows} < {ROWS_PER_DIM * width}"
+    said = {name: f"{rank / width:.1%} ({rank:.1f}/{width}){beside}" for name, rank in ranks.items()}
+    return {**said, "rows": num_rows, "rows_are_enough": are_enough}
 
 
 def agreement(contexts: Tensor, others: Tensor) -> dict[str, float]:

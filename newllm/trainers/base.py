@@ -117,6 +117,16 @@ class TrainingModule(lightning.LightningModule):
         """
         return model.training_flops_per_token(config.data.block_length) if cls.predicts_tokens else None
 
+    @classmethod
+    def positions_per_step(cls, config: TrainConfig, num_positions: int) -> int | None:
+        """Return how many positions of a training text that has so many an optimizer step reads; None where the run decides it."""
+        return config.data.batch_size * config.trainer.accumulate_batches * config.data.block_length
+
+    @classmethod
+    def kept_values(cls, model: LanguageModel) -> int:
+        """Return how many context values this procedure keeps of every position of the training text."""
+        return 0
+
     @abstractmethod
     def states(self, batch: Batch) -> Tensor:
         """Return the hidden states [B, T, D] that this procedure trains on, with gradient."""

@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar
 
 from newllm.config.fields import Count, Range
 from newllm.config.schema import Natural, TrainConfig
-from newllm.trainers.cvfp_phase1 import CvfpPhase1Config
+from newllm.models.base import LanguageModel
+from newllm.trainers.cvfp_phase1 import CvfpPhase1Config, CvfpPhase1Module
 from newllm.trainers.cvfp_phase2 import CvfpPhase2Config, CvfpPhase2Module
 
 
@@ -38,16 +39,27 @@ class CvfpModule(CvfpPhase2Module):
     The result is that of trainer=cvfp_phase1 and, with its folder, trainer=cvfp_phase2.
     """
 
-    @property
-    def kept_width(self) -> int:
-        """Values that both phases keep of a position."""
-        return super().kept_width + self.model.context_dim
+    @classmethod
+    def kept_values(cls, model: LanguageModel) -> int:
+        """Those of both phases."""
+        return CvfpPhase1Module.kept_values(model) + super().kept_values(model)
 
-    def first_run(self) -> TrainConfig | None:
+    @property
+    def options(self) -> CvfpConfig:
+        """The configuration of both phases."""
         options = self.config.trainer
         assert isinstance(options, CvfpConfig), "built from another trainer's configuration"
-        if options.max_iterations == 0:
+        return options
+
+    @property
+    def trains_contexts(self) -> bool:
+        """Whether there is a phase 1."""
+        return self.options.max_iterations > 0
+
+    def first_run(self) -> TrainConfig | None:
+        if not self.trains_contexts:
             return None
+        options = self.options
         shared = {field.name: getattr(options, field.name) for field in fields(CvfpPhase1Config)}
         trainer = CvfpPhase1Config(
             **shared

@@ -5,6 +5,7 @@ N: positions of the training text. C: context size.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -16,14 +17,19 @@ from newllm.config.fields import Count, Range, Share
 from newllm.config.schema import Natural, TrainConfig, TrainerConfig
 from newllm.data.module import TextDataModule
 from newllm.data.positions import PositionReading, Positions, positions_of
+from newllm.evaluation.context_statistics import ROWS_PER_DIM
 from newllm.losses.diversity import DiversityLoss
 from newllm.losses.fixed_point import fixed_point_loss, movement
+from newllm.models.base import LanguageModel
 from newllm.models.context import ContextLM
 from newllm.recurrence import sweep
 from newllm.trainers.base import Batch, TrainingModule
 from newllm.trainers.context_cache import ContextCache
 from newllm.trainers.context_report import IterationSums, clean_report, rank_share
 from newllm.trainers.context_stream import context_map, on_stream, only_trains, unroll_stream
+from newllm.trainers.slice_memory import check_slice
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +130,8 @@ class CvfpPhase1Module(TrainingModule):
         token_bytes: UTF-8 bytes of every token [V].
         data: prepared; training reads it slice by slice.
         folder: run folder, for contexts on disk.
+    Raises:
+        ValueError: contexts or a slice of them do not fit.
     """
 
     monitor = None
@@ -151,6 +159,7 @@ class CvfpPhase1Module(TrainingModule):
             "train": positions_of(data.prepared.train, **reading),
             "validation": positions_of(data.prepared.validation, **reading),
         }
+        self._tell_sizes()
         paths = {"train": folder / "contexts.bin" if options.cache == "disk" else None, "validation": None}
         self.caches = {
             split: ContextCache.empty(len(positions), model.context_dim, path=paths[split])
@@ -168,6 +177,17 @@ class CvfpPhase1Module(TrainingModule):
         options = self.config.trainer
         assert isinstance(options, CvfpPhase1Config), "built from another trainer's configuration"
         return options
+
+    @classmethod
+    def positions_per_step(cls, config: TrainConfig, num_positions: int) -> int:
+        """All: a step is an iteration."""
+        return num_positions
+
+    @classmethod
+    def kept_values(cls, model: LanguageModel) -> int:
+        """The context."""
+        assert isinstance(model, ContextLM), "the schema asks for a context model"
+        return model.context_dim
 
     @property
     def accumulate_batches(self) -> int:
@@ -236,6 +256,23 @@ class CvfpPhase1Module(TrainingModule):
         self._validations_since_best = checkpoint["rank"]["validations_since"]
         for split, contexts in checkpoint["contexts"].items():
             self.caches[split].contexts.copy_(contexts)
+
+    def _tell_sizes(self) -> None:
+        """Say what contexts and slices take, and where effective ranks will be of too few; raise where a slice does not fit."""
+        options, width = self.options, self.model.context_dim
+        total, rows = len(self.positions["train"]), {split: len(self._rows(split)) for split in self.positions}
+        log.info(
+            "contexts: %s positions x %d values x 4 bytes = %s bytes (%s)",
+            *(f"{total:,}", width, f"{total * width * 4:,}", options.cache),
+        )
+        slice_tokens = min(options.slice_tokens, total)
+        check_slice(self.model, slice_tokens, is_trained=True, accelerator=self.config.runtime.accelerator)
+        if min(rows.values()) < ROWS_PER_DIM * width:
+            log.warning(
+                "context/effective_rank: is taken of %s, fewer than %d for each of %d dims, which hold it down.",
+                " and ".join(f"{count:,} {split} contexts" for split, count in rows.items()),
+                *(ROWS_PER_DIM, width),
+            )
 
     def _sweep(self, batch: Batch, split: str, *, noise: float) -> tuple[Tensor, Tensor]:
         """Contexts of a slice before and after one sweep, both [1, n, C]; the new ones are kept."""

@@ -18,6 +18,7 @@ from newllm.config.schema import TrainConfig
 from newllm.data.module import TextDataModule
 from newllm.data.positions import PositionReading, positions_of
 from newllm.losses.next_token import NextTokenConfig, NextTokenLoss
+from newllm.models.base import LanguageModel
 from newllm.models.context import ContextLM
 from newllm.trainers.base import Batch, TrainingModule
 from newllm.trainers.batch_size import automatic_batch_size
@@ -25,6 +26,7 @@ from newllm.trainers.context_cache import ContextCache, check_room
 from newllm.trainers.context_stream import fill_layers, only_trains, read_tokens, settle, unroll_stream
 from newllm.trainers.cvfp_phase1 import StreamContextsConfig
 from newllm.trainers.first_phase import FirstPhase, read_first_phase
+from newllm.trainers.slice_memory import check_slice
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ class CvfpPhase2Module(TrainingModule):
         data: prepared; training reads its positions.
         folder: run folder, for contexts on disk.
     Raises:
-        ValueError: contexts do not fit, or phase 1 is missing or of another model or text.
+        ValueError: contexts or a slice of them do not fit, or phase 1 is missing or of another model or text.
     """
 
     model: ContextLM
@@ -97,7 +99,13 @@ class CvfpPhase2Module(TrainingModule):
         self.batch_size = self._batch_size()
         data.read_positions(PositionReading(self.batch_size, shuffle=True, held_out=False, **reading))
         self.cache: ContextCache | None = None
-        check_room(len(self.positions), self.kept_width, self._path)
+        check_room(len(self.positions), self.kept_values(model), self._path)
+        check_slice(
+            model,
+            min(self.options.slice_tokens, len(self.positions)),
+            is_trained=self.trains_contexts,
+            accelerator=config.runtime.accelerator,
+        )
         self.first_phase: FirstPhase | None = None
         if self.options.phase1 not in (None, UNTRAINED):
             self.take(Path(str(self.options.phase1)))
@@ -116,10 +124,23 @@ class CvfpPhase2Module(TrainingModule):
         steps_per_epoch = -(-len(self.positions) // self.batch_size)
         return most if epochs is None else min(most, epochs * steps_per_epoch)
 
+    @classmethod
+    def positions_per_step(cls, config: TrainConfig, num_positions: int) -> int | None:
+        """`trainer.batch_size`."""
+        options = config.trainer
+        assert isinstance(options, CvfpPhase2Config), "built from another trainer's configuration"
+        return None if options.batch_size == "auto" else min(options.batch_size, num_positions)
+
+    @classmethod
+    def kept_values(cls, model: LanguageModel) -> int:
+        """The contexts of all layers."""
+        assert isinstance(model, ContextLM), "the schema asks for a context model"
+        return model.config.num_layers * model.context_dim
+
     @property
-    def kept_width(self) -> int:
-        """Values that are kept of a position."""
-        return self._width
+    def trains_contexts(self) -> bool:
+        """Whether this run makes the contexts that it builds on."""
+        return False
 
     def take(self, folder: Path) -> None:
         """Take the context block of a phase 1, and its contexts with it.

@@ -48,6 +48,7 @@ def test_rank_is_told_over_the_width_and_few_rows_are_said_to_be_few():
     assert rank_report(rows)["uncentred"].startswith("2")
     assert rank_report(rows)["rows_are_enough"] is True
     assert rank_report(rows[:39])["rows_are_enough"] is False
+    assert rank_report(rows[:39])["centred"].endswith("/4), held down by few rows: 39 < 40")
 
 
 def test_agreement_by_hand():

@@ -111,6 +111,14 @@ def test_texts_do_not_read_each_other():
     torch.testing.assert_close(cache.contexts[begin : begin + end], alone[:end], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("context_dim", "is_few"), [(4, True), (3, False)])
+def test_ranks_of_too_few_contexts_are_said_to_be(context_dim: int, is_few: bool, caplog: pytest.LogCaptureFixture):
+    small_procedure("cvfp_phase1", f"model.context_dim={context_dim}")
+
+    said = "120 train contexts and 30 validation contexts, fewer than 10 for each of 4 dims" in caplog.text
+    assert said == is_few
+
+
 def test_sums_of_an_iteration_by_hand():
     sums = IterationSums()
     for contexts, moved in (([[3.0, 4.0], [0.0, 0.0]], [0.01, 0.05]), ([[6.0, 8.0]], [0.02])):
@@ -151,6 +159,7 @@ def test_a_run_reports_contexts_and_no_prediction(tmp_path: Path):
     assert report["train"]["converged_share"].endswith("/120)")
     assert report["validation"]["converged_share"].endswith("/30)")
     assert report["train"]["effective_rank"]["uncentred"].endswith("/4)")
+    assert report["validation"]["effective_rank"]["uncentred"].endswith("/4), held down by few rows: 30 < 40")
     names = [name for name in last if name.startswith("context/")]
     assert [last[name] for name in names] == [same_lines[-1][name] for name in names]
     assert [last[name] for name in names] != [other_lines[-1][name] for name in names]

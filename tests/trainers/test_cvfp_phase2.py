@@ -7,9 +7,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from small_cvfp import one_text, small_keys, small_procedure
+from small_cvfp import one_text, small_config, small_keys, small_procedure
 
 from newllm.config.compose import compose
+from newllm.cost import describe_cost
 from newllm.run import run_training
 from newllm.trainers.batch_size import batch_size_for
 from newllm.trainers.context_cache import ContextCache
@@ -79,6 +80,20 @@ def test_bytes_are_told_before_contexts_are_made(caplog):
         untrained("model.num_layers=2")
 
     assert "120 positions x 2 layers x 4 values x 4 bytes = 3,840 bytes (ram)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("trainer", "option", "contexts", "steps"),
+    [
+        ("cvfp_phase1", "trainer.max_steps=7", "1,920 bytes (ram)", "7 of 120 positions"),
+        ("cvfp", "trainer.batch_size=50", "3,840 bytes (ram)", "2,000 of 50 positions"),
+        ("cvfp", "trainer.batch_size=auto", "3,840 bytes (ram)", "2,000 at most, of as many positions as fit"),
+    ],
+)
+def test_cost_is_told_in_contexts_and_positions(trainer: str, option: str, contexts: str, steps: str):
+    told = dict(line.split(maxsplit=1) for line in describe_cost(small_config(trainer, option)).splitlines())
+
+    assert (told["contexts"], told["steps"]) == (contexts, steps)
 
 
 def test_contexts_that_do_not_fit_are_refused_with_both_figures(tmp_path: Path, monkeypatch):

@@ -54,14 +54,22 @@ def text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
+def stack_name(settings: dict[str, Any]) -> str:
+    """Return a run's kinds of layers from the bottom, each once."""
+    stack = settings.get("layers.stack", ())
+    kinds = [next(iter(layer)) if isinstance(layer, dict) else str(layer) for layer in stack]
+    return " + ".join(dict.fromkeys(kinds)) or str(settings.get("model.kind"))
+
+
+def memory_kernel(settings: dict[str, Any]) -> str | None:
+    """Return the kernel of a run's memory; None of stacks that have none."""
+    return None if stack_name(settings) == "pythia" else settings.get("layers.memory_kernel")
+
+
 def memory_name(settings: dict[str, Any]) -> str:
     """Return in words what a run remembers with: its kinds of layers and, with a memory, its kernel."""
-    stack = settings.get("layers.stack", ())
-    layers = [next(iter(layer)) if isinstance(layer, dict) else str(layer) for layer in stack]
-    kinds = list(dict.fromkeys(layers))
-    kernel = settings.get("layers.memory_kernel")
-    told = " + ".join(kinds) or str(settings.get("model.kind"))
-    return told if kernel is None or kinds == ["pythia"] else f"{told}, {kernel}"
+    kernel = memory_kernel(settings)
+    return stack_name(settings) if kernel is None else f"{stack_name(settings)}, {kernel}"
 
 
 def _letter(number: int) -> str:

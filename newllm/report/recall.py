@@ -1,75 +1,152 @@
-"""`python -m newllm.report.recall <folders>`: the picture of a sweep over sizes of state, accuracy against state bytes."""
+"""`python -m newllm.report.recall <folders>`: accuracy of recall probes against state bytes, and by slice; tables and a picture."""
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from newllm.report.collect import RunCurves, collect
-from newllm.report.groups import Group, group_runs, memory_name
-from newllm.report.statistics import mean_and_deviation
+from newllm.report.collect import collect
+from newllm.report.probes import EQUAL_BYTES, METRIC, PAPER, READINGS, Memory, Probe, probes_of
+from newllm.report.statistics import interval, mean_and_deviation
 from newllm.report.style import COLOURS, FAINT, new_figure, save_png, styled, tidy
+from newllm.report.tables import NONE, Table, as_text, number
 
-METRIC = "val/accuracy"
+WORDS = {
+    "accuracy": "accuracy",
+    "memory_off": "memory off",
+    "other_memory": "another's memory",
+    "outdated_share": "old value",
+}
+NOTE = (
+    "Shares of targets, mean over seeds with the 95 % interval of resampled seeds. State bytes of one text after a row. Of several "
+    "settings of one kind of memory at the same bytes, such as learning rates (tried), the one that is best on the seeds they share. "
+    f"minus {PAPER}: against the paper's kernel in the same layers at state bytes within {EQUAL_BYTES:.0%}, paired by seed. "
+    "Guessing: {chance}."
+)
+SLICE_NOTE = (
+    "Shares of targets, mean over seeds with the 95 % interval of resampled seeds; targets of one seed. off: nothing is written, an empty "
+    "memory is read. another's: that of another row is read."
+)
 
 
-def series_of(groups: Sequence[Group]) -> dict[str, list[tuple[float, float, float | None]]]:
-    """Return of each kind of memory the points (mean state bytes, mean accuracy, deviation over seeds), by rising bytes.
+def recall_table(probe: Probe) -> Table:
+    """One row for each kind of memory and size of state: its best setting, what it answers, how much more than the paper's kernel."""
+    rows = []
+    for memory in probe.memories:
+        gain = probe.gain(memory)
+        told = NONE if gain is None else _with_interval(gain.mean, gain.low, gain.high, sign="+")
+        rows.append(
+            [
+                *(memory.group.letter, memory.name, number(memory.state_bytes), memory.group.label),
+                *(str(memory.tried), ",".join(map(str, sorted(memory.accuracies)))),
+                _shares(list(memory.accuracies.values())),
+                *(_shares(memory.knocked_out(reading)) for reading in ("memory_off", "other_memory")),
+                told,
+            ]
+        )
+    columns = [
+        "",
+        "memory",
+        "state bytes",
+        "best setting",
+        "tried",
+        "seeds",
+        "accuracy",
+        "memory off",
+        "another's memory",
+    ]
+    note = NOTE.format(chance=number(probe.chance))
+    return Table(f"{probe.name}: {METRIC}", [*columns, f"minus {PAPER}"], rows, note, frozenset((0, 1, 3, 5)))
 
-    Of several configurations with the same bytes, such as learning rates, the most accurate counts.
-    """
-    found: dict[str, dict[float, tuple[float, float, float | None]]] = {}
-    for group in groups:
-        values, costs = list(group.values(METRIC).values()), group.facts("state_bytes")
-        if not values or not costs:
-            continue
-        mean, deviation = mean_and_deviation(values)
-        points, cost = found.setdefault(memory_name(group.runs[0].settings), {}), fmean(costs)
-        if cost not in points or mean > points[cost][1]:
-            points[cost] = (cost, mean, deviation)
-    return {name: [points[cost] for cost in sorted(points)] for name, points in sorted(found.items())}
+
+def slice_tables(probe: Probe) -> list[Table]:
+    """Return a table for each axis of the probe: one row for each memory, length of rows and bucket; none where nothing was measured."""
+    by_axis: dict[str, list[list[str]]] = {}
+    measured = [(memory, entry) for memory in probe.memories for entry in memory.slices()]
+    shown = [name for name in READINGS if any(name in entry.shares for _, entry in measured)]
+    for memory, entry in measured:
+        shares = (_shares(entry.shares.get(name, [])) for name in shown)
+        start = [memory.group.letter, memory.name, number(memory.state_bytes), number(entry.bucket.block_length)]
+        rows = by_axis.setdefault(entry.bucket.axis, [])
+        rows.append([*start, entry.bucket.name, number(entry.targets), *shares])
+    words = [WORDS[name] for name in shown]
+    return [
+        Table(
+            f"{probe.name} by {axis}",
+            ["", "memory", "state bytes", "row tokens", axis, "targets", *words],
+            rows,
+            SLICE_NOTE,
+            frozenset((0, 1, 4)),
+        )
+        for axis, rows in by_axis.items()
+    ]
 
 
-def draw_state_vs_recall(runs: Sequence[RunCurves]) -> Figure:
-    """Draw accuracy against state bytes, one line for each kind of memory; what guessing reaches is dotted.
+def _shares(values: Sequence[float]) -> str:
+    """Mean and interval of one share over seeds."""
+    if not values:
+        return NONE
+    low, high = interval(values) if len(values) > 1 else (None, None)
+    return _with_interval(mean_and_deviation(values)[0], low, high)
+
+
+def _with_interval(mean: float, low: float | None, high: float | None, *, sign: str = "") -> str:
+    told = f"{mean:{sign}.4f}"
+    return told if low is None or high is None else f"{told} ({low:{sign}.4f} .. {high:{sign}.4f})"
+
+
+def draw_state_vs_recall(probes: Sequence[Probe]) -> Figure:
+    """Draw accuracy against state bytes, a panel for each probe and a line for each kind of memory; guessing is dotted.
 
     Args:
-        runs: of recall probes; unfinished ones are left out.
-    Raises:
-        ValueError: none has finished with an accuracy.
+        probes: at least one.
     """
-    series = series_of(group_runs(runs, METRIC))
-    if not series:
-        raise ValueError(
-            f"report: none of {len(runs)} runs has finished with {METRIC}. Allowed: at least one. Wait or train again."
-        )
     with styled():
-        figure = new_figure(7.0, 4.6)
-        axes = figure.add_subplot()
-        tidy(axes, "recall against bytes of state")
-        for place, (name, points) in enumerate(series.items()):
-            costs, means, deviations = zip(*points, strict=True)
-            spread = [0.0 if deviation is None else deviation for deviation in deviations]
-            colour = COLOURS[place % len(COLOURS)]
-            axes.errorbar(costs, means, yerr=spread, color=colour, marker="o", markersize=5, capsize=2, label=name)
-        for chance in sorted({run.run.facts.get("data", {}).get("chance_accuracy") for run in runs} - {None}):
-            axes.axhline(chance, color=FAINT, linewidth=0.9, linestyle=":", label=f"chance {chance:.2g}")
-        # A layer without a state takes no bytes: a logarithmic axis needs a linear beginning for it.
-        axes.set_xscale("symlog", base=2, linthresh=1.0)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.set_xlabel("state bytes per text after a row")
-        axes.set_ylabel(f"{METRIC}, share of targets")
-        axes.set_ylim(-0.02, 1.02)
-        axes.legend()
+        figure = new_figure(7.0, 0.2 + 4.4 * len(probes))
+        for place, probe in enumerate(probes):
+            axes = figure.add_subplot(len(probes), 1, place + 1)
+            tidy(axes, f"{probe.name}: recall against bytes of state")
+            for row, name in enumerate(dict.fromkeys(memory.name for memory in probe.memories)):
+                _draw_line(
+                    axes,
+                    name,
+                    [memory for memory in probe.memories if memory.name == name],
+                    COLOURS[row % len(COLOURS)],
+                )
+            if probe.chance is not None:
+                axes.axhline(
+                    probe.chance, color=FAINT, linewidth=0.9, linestyle=":", label=f"chance {probe.chance:.2g}"
+                )
+            # A layer without a state takes no bytes: a logarithmic axis needs a linear beginning for it.
+            axes.set_xscale("symlog", base=2, linthresh=1.0)
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.set_xlabel("state bytes per text after a row")
+            axes.set_ylabel(f"{METRIC}, share of targets")
+            axes.set_ylim(-0.02, 1.02)
+            axes.legend()
         return figure
 
 
+def _draw_line(axes: Axes, name: str, memories: Sequence[Memory], colour: str) -> None:
+    """Means by bytes, with the interval over seeds."""
+    values = [list(memory.accuracies.values()) for memory in memories]
+    means = [mean_and_deviation(seeds)[0] for seeds in values]
+    ends = [interval(seeds) for seeds in values]
+    spread = (
+        [mean - low for mean, (low, _) in zip(means, ends, strict=True)],
+        [high - mean for mean, (_, high) in zip(means, ends, strict=True)],
+    )
+    sizes = [memory.state_bytes for memory in memories]
+    axes.errorbar(sizes, means, yerr=spread, color=colour, marker="o", markersize=5, capsize=2, label=name)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 when the picture is written, 2 when there is nothing to draw."""
+    """Run the command; 0 when the picture is written, 2 when there is nothing to tell."""
     parser = argparse.ArgumentParser(prog="python -m newllm.report.recall", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="run folders of recall probes, or folders that hold them")
     parser.add_argument("--output", type=Path, help="picture to write (state_vs_recall.png in the first folder)")
@@ -77,13 +154,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs, unreadable = collect(given.folders)
     for item in unreadable:
         print(f"not readable: {item.folder}: {item.reason}", file=sys.stderr)
-    try:
-        figure = draw_state_vs_recall(runs)
-    except ValueError as error:
-        print(error, file=sys.stderr)
+    probes = probes_of(runs)
+    if not probes:
+        print(
+            f"report: none of {len(runs)} runs has finished with {METRIC}. Allowed: at least one. Wait or train again.",
+            file=sys.stderr,
+        )
         return 2
+    for table in (table for probe in probes for table in (recall_table(probe), *slice_tables(probe))):
+        print(f"{table.title}\n{as_text(table, width=shutil.get_terminal_size((120, 24)).columns)}\n{table.note}\n")
     path = given.output or given.folders[0] / "state_vs_recall.png"
-    save_png(figure, path)
+    save_png(draw_state_vs_recall(probes), path)
     print(f"picture: {path}")
     return 0
 

@@ -7,10 +7,12 @@ import torch
 from small_layers import build, empty, in_calls, texts
 from torch.nn.functional import normalize
 
+from newllm.config.compose import compose
 from newllm.layers.banks import Banks
 from newllm.layers.kernels import Centred, DeltaToken, Elu, Ridge
 from newllm.layers.memory import feature_map
 from newllm.layers.segments import Tokens, cut, side_by_side
+from newllm.models.create import build_model
 
 PENALTY = 0.1  # of the layers in small_layers
 SEGMENT = 4
@@ -151,6 +153,19 @@ def test_state_bytes_of_each_kernel(name, expected):
 
     assert layer.state_bytes(0) == expected
     assert empty(layer, 1).nbytes == expected
+
+
+def test_kernels_are_compared_at_equal_state_bytes():
+    # As conf/sweep/memory_kernels.yaml compares them: ridge keeps two matrices of half the side on each of two heads.
+    sizes = {
+        kernel: build_model(
+            compose(["experiment=mqar", f"layers.memory_kernel={kernel}", f"layers.memory_heads={heads}"]), 256
+        ).state_bytes(128)
+        for kernel, heads in {"elu": 1, "centred": 1, "delta_token": 1, "ridge": 2}.items()
+    }
+
+    assert sizes["elu"] == sizes["delta_token"] == sizes["ridge"]
+    assert sizes["centred"] - sizes["elu"] == 4 * (64 + 1)  # the sum of the values, and a count
 
 
 # --- untrained keys: what a kernel can hold before anything is learned ---

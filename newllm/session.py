@@ -62,7 +62,7 @@ class MemorySession:
 
     @property
     def tokens_read(self) -> int:
-        """Tokens behind the state, those of a loaded memory included."""
+        """Tokens behind the state, those of a loaded memory included; those of merged memories and loaded banks were read elsewhere."""
         return self.state.positions[0]
 
     @property

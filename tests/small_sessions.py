@@ -65,10 +65,10 @@ def memories(reader: MemorySession) -> list[MemoryLayerState]:
     return list(parts_of(reader.state, MemoryLayerState).values())
 
 
-def closed_matrix(reader: MemorySession, layer: int = 0) -> Tensor:
-    """Return the sum of all associations of a memory layer, those of its open segment included."""
+def closed_sums(reader: MemorySession, layer: int = 0) -> list[Tensor]:
+    """Return everything a memory layer has summed, over its banks, the open segment included."""
     part = reader.model.layers[layer].close_segment(memories(reader)[layer])  # type: ignore[index,union-attr,operator]
-    return part.memory.matrix.sum(dim=1)
+    return [tensor.sum(dim=1) for tensor in tensors_of(part.memory).values()]
 
 
 def same_bits(first: State, second: State) -> bool:

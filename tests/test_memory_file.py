@@ -59,8 +59,10 @@ def test_other_option_alone_makes_another_fingerprint():
     assert fingerprint(model()) != fingerprint(model(segments_per_bank=3))
 
 
-def test_truncated_file_is_refused(saved):
-    saved.write_bytes(saved.read_bytes()[:-50])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.999])
+def test_truncated_file_is_refused(saved, share):
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: int(share * len(whole))])
 
     refused(saved, "cannot be read as a memory file")
 

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_sessions import KERNELS, closed_matrix, memories, model, same_bits, session, tokenizer
+from small_sessions import KERNELS, closed_sums, memories, model, same_bits, session, tokenizer
 
 from newllm.generation import GREEDY
 from newllm.memory_file import without_caches
@@ -215,22 +215,25 @@ def test_loaded_bank_changes_the_answer(tmp_path):
 
 
 @pytest.mark.parametrize("kernel", ["elu", "centred", "ridge"])
-@pytest.mark.parametrize("lengths", [(8, 12), (7, 10), (0, 5), (3, 0)])
-def test_merged_linear_memories_equal_reading_both_texts(kernel, lengths, tmp_path):
-    options = {"memory_kernel": kernel, "write": KERNELS[kernel]}
-    texts = [TEXT[:length] for length in lengths]
-    both = session("infini", **options)
-    for text in texts:
-        both.read(text)
-    first, second = session("infini", **options), session("infini", **options)
-    first.read(texts[0])
-    second.read(texts[1])
-    second.save(tmp_path / "second.safetensors")
+@settings(max_examples=12, deadline=None)
+@given(lengths=st.lists(st.integers(0, len(TEXT)), min_size=2, max_size=3), banks=st.integers(1, 3))
+@example(lengths=[8, 12], banks=2)  # whole segments
+@example(lengths=[0, 5], banks=2)
+@example(lengths=[3, 0], banks=1)
+def test_merged_linear_memories_equal_reading_all_texts(kernel, tmp_path_factory, lengths, banks):
+    options = {"memory_kernel": kernel, "write": KERNELS[kernel], "num_memory_banks": banks}
+    every, readers = session("infini", **options), [session("infini", **options) for _ in lengths]
+    for reader, length in zip(readers, lengths, strict=True):
+        reader.read(TEXT[len(TEXT) - length :])
+        every.read(TEXT[len(TEXT) - length :])
+    path = tmp_path_factory.mktemp("memories") / "last.safetensors"
+    readers[-1].save(path)
 
-    first.merge([tmp_path / "second.safetensors"])
+    readers[0].merge([*readers[1:-1], path])
 
     # Sums in another order: fp32.
-    torch.testing.assert_close(closed_matrix(first), closed_matrix(both), atol=1e-4, rtol=1e-4)
+    for own, expected in zip(closed_sums(readers[0]), closed_sums(every), strict=True):
+        torch.testing.assert_close(own, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_merging_sessions_does_not_change_them():
@@ -329,14 +332,17 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize("kernel", KERNELS)
+@settings(max_examples=20, deadline=None)
 @given(steps=STEPS)
-def test_any_sequence_keeps_what_is_frozen_and_stays_finite(tmp_path_factory, steps):
+def test_any_sequence_keeps_what_is_frozen_and_stays_finite(kernel, tmp_path_factory, steps):
     folder = tmp_path_factory.mktemp("memories")
-    reader, other = session(), session()
+    options = {"memory_kernel": kernel, "write": KERNELS[kernel]}
+    reader, other = session(**options), session(**options)
     other.read(TEXT)
     for verb, value in steps:
         kept = {bank: memories(reader)[0].memory.matrix[:, bank].clone() for bank in reader.frozen}
+        before = reader.state
         if verb == "read":
             reader.read(TEXT[:value])
         elif verb in ("freeze", "unfreeze"):
@@ -345,21 +351,37 @@ def test_any_sequence_keeps_what_is_frozen_and_stays_finite(tmp_path_factory, st
             reader.reset(keep_frozen=value)
             kept = kept if value else {}
         elif verb == "move":
-            before = reader.state
             reader.save(folder / "memory.safetensors")
             reader.load(folder / "memory.safetensors")
             assert same_bits(reader.state, without_caches(before))
-        elif verb == "swap" and not reader.frozen:
-            before = memories(reader)[0].memory.matrix
+        elif verb == "swap":
             reader.export([1, 0], folder / "banks.safetensors")
-            reader.load(folder / "banks.safetensors", into=[0, 1])
-            assert torch.equal(memories(reader)[0].memory.matrix, before.flip(1))
-        elif verb == "merge" and not reader.frozen:
+            if reader.frozen:
+                refuses(reader, "is frozen", reader.load, folder / "banks.safetensors", into=[0, 1])
+            else:
+                matrix = memories(reader)[0].memory.matrix
+                reader.load(folder / "banks.safetensors", into=[0, 1])
+                assert torch.equal(memories(reader)[0].memory.matrix, matrix.flip(1))
+        elif reader.frozen or kernel == "delta_token":
+            refuses(reader, "is frozen" if reader.frozen else "delta rule", reader.merge, [other] * value)
+        else:
+            sums = closed_sums(reader)
             reader.merge([other] * value)
+            for own, ours, theirs in zip(closed_sums(reader), sums, closed_sums(other), strict=True):
+                torch.testing.assert_close(own, ours + value * theirs, atol=1e-3, rtol=1e-4)
 
         matrix = memories(reader)[0].memory.matrix
         assert matrix.isfinite().all()
         assert all(torch.equal(matrix[:, bank], bits) for bank, bits in kept.items())
+
+
+def refuses(reader, match, call, *arguments, **options):
+    before = reader.state
+
+    with pytest.raises(ValueError, match=match):
+        call(*arguments, **options)
+
+    assert reader.state is before
 
 
 @pytest.mark.parametrize("banks", [[2], [-1], [0, 0], []])

@@ -123,9 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _note() -> str:
     return (
-        "Contexts as they are after training, swept without noise under the last weights. Converged: moved less than "
-        "trainer.converged_threshold in the second such sweep, summed over seeds. Effective rank: of singular values, not centred, "
-        "over the context's width. Predictions: exact recurrence, last validation. runs: finished / all."
+        "Contexts under the last weights, swept from zeros without noise. Converged, fixed-point loss: in the last of as many sweeps "
+        "as there were iterations; contexts that moved less than trainer.converged_threshold, summed over seeds. Effective rank, "
+        "diversity loss: of contexts swept on to the tolerance; rank of singular values, not centred, over the width. "
+        "Predictions: exact recurrence, last validation. runs: finished / all."
     )
 
 

@@ -95,27 +95,34 @@ def clean_report(
     loss: DiversityLoss,
     rows: Tensor,
     *,
+    sweeps: int,
     slice_tokens: int,
     threshold: float,
     tolerance: float,
 ) -> dict[str, Any]:
-    """Sweep a stream's contexts clean, in place, and return what they are like.
+    """Sweep a stream's contexts clean from zeros, in place, and return what they are like.
+
+    What training left in them plays no part: its noise stays for as many sweeps as contexts remember tokens, and held-out
+    contexts have none of it. So figures of both texts compare.
 
     Args:
         model: gives the context block, as trained.
         positions: of the stream.
-        cache: contexts as training left them.
+        cache: its contexts.
         loss: diversity.
         rows: positions whose contexts the effective rank is taken of.
+        sweeps: of all positions at once, at least 1; as many as training has made, to say whether contexts stand still by then.
         slice_tokens: n.
         threshold: mean squared change below which a context counts as converged.
         tolerance: relative change at which the sweeps stop.
     Returns:
-        `converged_share` and `fixed_point_loss` of the second clean sweep, the first takes out the noise; `effective_rank` (over
-        C, uncentred and centred), `diversity_loss`, `sweeps` and `exact_positions` (see `Settling`) of the contexts swept clean.
+        `converged_share` and `fixed_point_loss` of the last of these sweeps, `converged_after` their number; `effective_rank` (over
+        C, uncentred and centred), `diversity_loss`, `sweeps` and `exact_positions` (see `Settling`) of contexts swept on to the
+        tolerance.
     """
     like = next(model.parameters())
-    for _ in range(2):
+    cache.contexts.zero_()
+    for _ in range(sweeps):
         moved, before = IterationSums(), like.new_zeros(1, model.context_dim)
         for batch in slices(positions, slice_tokens, device=like.device):
             old = cache.read(batch["position"], like=like)
@@ -129,6 +136,7 @@ def clean_report(
         spread += loss(cache.read(batch["position"], like=like)[0]).item() * batch["position"].numel()
     return {
         "converged_share": share(moved.converged, moved.positions),
+        "converged_after": sweeps,
         "fixed_point_loss": moved.movement / moved.positions,
         "diversity_loss": spread / len(positions),
         "effective_rank": rank_report(cache.contexts[rows]),

@@ -344,6 +344,7 @@ class CvfpPhase1Module(TrainingModule):
                 cache,
                 self.loss,
                 self._rows(split),
+                sweeps=self.trainer.global_step,
                 slice_tokens=options.slice_tokens,
                 threshold=options.converged_threshold,
                 tolerance=options.tolerance,

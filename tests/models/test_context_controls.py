@@ -1,14 +1,21 @@
 """Models that context models are compared with: their sizes, and what they compute."""
 
+from typing import cast
+
 import pytest
 import torch
 from small_context import context_config, tokens
 
+from newllm.config.compose import compose
+from newllm.config.library import conf_folder
+from newllm.config.schema import TrainConfig
+from newllm.config.typed import real_config
 from newllm.models.base import count_parameters
 from newllm.models.context import ContextLM
-from newllm.models.create import create_model
+from newllm.models.create import build_model, create_model
 from newllm.models.gru import Gru, GruConfig
 from newllm.models.token_window import TokenWindow, TokenWindowConfig
+from newllm.trainers.build import training_module_class
 
 
 def token_window_model(num_input_tokens: int, *, vocab_size: int = 13, dim: int = 6, layers: int = 1) -> TokenWindow:
@@ -85,3 +92,46 @@ def test_controls_have_the_size_of_what_they_control() -> None:
 
 
 CONTROLS = ("context", "gru", "token_window")
+
+
+def controls(stem: str) -> dict[str, TrainConfig]:
+    """The named runs that a sweep compares."""
+    names = sorted(file.stem for file in (conf_folder() / "experiment").glob(f"{stem}_*.yaml"))
+    return {name: cast(TrainConfig, real_config(compose([f"experiment={name}"]))) for name in names}
+
+
+@pytest.mark.parametrize("stem", ["controls", "updates"])
+def test_what_a_sweep_compares_sees_the_same_text_in_as_many_steps(stem: str) -> None:
+    seen = {}
+    for name, config in controls(stem).items():
+        procedure = training_module_class(config.trainer.kind)
+        text = 128 * 300
+        step = procedure.positions_per_step(config, text)
+        assert step is not None
+        assert (
+            getattr(config.trainer, "epochs", None) is None
+            or config.trainer.epochs * text >= step * config.trainer.max_steps
+        )
+        shared = (
+            config.data,
+            config.tokenizer,
+            config.optimizer,
+            config.schedule,
+            config.trainer.early_stopping_patience,
+        )
+        seen[name] = (step, config.trainer.max_steps, *shared)
+
+    assert len(seen) >= 7
+    assert {name for name, found in seen.items() if found != next(iter(seen.values()))} == set()
+
+
+@pytest.mark.parametrize(("stem", "more_flops"), [("controls", 1.34), ("updates", 1.09)])
+def test_what_a_sweep_compares_costs_about_as_much(stem: str, more_flops: float) -> None:
+    """The window of four tokens is a third dearer, and no context a quarter cheaper: it has a part less."""
+    flops = {}
+    for name, config in controls(stem).items():
+        with torch.device("meta"):
+            flops[name] = build_model(config, 1024).flops_per_token(config.data.block_length)
+    flops.pop("controls_zero", None)
+
+    assert max(flops.values()) <= more_flops * min(flops.values())

@@ -234,7 +234,7 @@ class CallbacksConfig(GroupConfig):
     progress_every_seconds: Annotated[float, Range(above=0)]
     sample_every_steps: Annotated[int | None, Range(minimum=1)]  # null writes no text samples
     sample_tokens: Count  # length of a text sample
-    lag_every_steps: Annotated[int | None, Range(minimum=1)]  # null measures no lag; unused without feedback
+    lag_every_steps: Annotated[int | None, Range(minimum=1)]  # lag, memory, halting, gradients; null probes none
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,6 +51,8 @@ PANELS = (
         "context: losses",
         {"context/fixed_point_loss": "fixed point", "context/diversity_loss": "diversity"},
     ),
+    Panel("steps of an emitted token", {"val/mean_steps": "by threshold", "val/mean_steps_weighted": "by shares"}),
+    Panel("cosine of last cycles' and whole gradient", {"trm/gradient_cosine": "cosine"}),
     Panel("tokens per second", {"speed/tokens_per_second": "tokens/s"}),
     Panel("share of the device's peak speed", {"speed/mfu": "share"}),
     Panel("time waiting for data (share)", {"speed/data_wait_share": "share"}),

@@ -16,6 +16,7 @@ NONE = "-"
 BESIDE = (
     *("val/loss", "val/loss_lagged", "val/loss_no_feedback", "val/bits_per_byte", "val/perplexity", "val/accuracy"),
     *("lag/relative_error", "lag/sweeps_to_tolerance", "memory/gate_mean", "context/converged_share"),
+    *("val/loss_weighted", "val/mean_steps", "trm/gradient_cosine"),
 )
 COSTS = (
     ("parameters", "parameters"),
@@ -78,7 +79,10 @@ def cost_table(groups: Sequence[Group]) -> Table:
     costs = [(name, title) for name, title in COSTS if any(group.facts(name) for group in groups)]
     paid = [[number(fmean(facts)) if (facts := group.facts(name)) else NONE for name, _ in costs] for group in groups]
     rows = [[group.letter, group.label, *cells] for group, cells in zip(groups, paid, strict=True)]
-    note = "Means over finished runs. FLOPs of one forward pass; state bytes per text after a block of the training length."
+    note = (
+        "Means over finished runs. FLOPs of one forward pass per emitted token, all its steps; state bytes per text after a block of "
+        "the training length."
+    )
     return Table("Costs", ["", "configuration", *(title for _, title in costs)], rows, note, frozenset((0, 1)))
 
 

@@ -12,6 +12,7 @@ from small_trm import VOCABULARY, trm
 
 from newllm.config.compose import compose
 from newllm.evaluation.scoring import score_batch
+from newllm.losses.next_token import NextTokenConfig, NextTokenLoss
 from newllm.trainers.build import build_training_module
 
 TOKEN_BYTES = torch.ones(VOCABULARY, dtype=torch.int64)
@@ -95,6 +96,34 @@ def test_gradient_of_one_cycle_is_whole_where_there_is_one():
 
     assert one == pytest.approx(1, abs=1e-6)
     assert -1 <= more < 0.999
+
+
+@pytest.mark.parametrize("rung", ["ladder_5_no_grad", "ladder_6_supervision", "ladder_7_halting"])
+def test_rungs_with_free_cycles_tell_the_cosine(rung):
+    config = compose([f"experiment={rung}"])
+    sizes = {name: getattr(config.model, name) for name in ("latent_steps", "deep_steps", "supervision_steps")}
+    training = build_training_module(trm(**sizes), config, TOKEN_BYTES, num_samples=4, folder=Path())
+
+    assert -1 <= training.probe(batches(1)[0])["trm/gradient_cosine"] < 0.999
+
+
+def test_one_supervision_step_without_judgement_is_the_next_token_loss():
+    """What lets rung 5 of the recursion ladder train as rung 4 does."""
+    model, batch = trm(supervision_steps=1), batches(1)[0]
+    next_token = NextTokenLoss(NextTokenConfig(kind="next_token"))
+    training = module(model, "loss.act_weight=0")
+
+    losses = {}
+    for name, loss, states in (
+        ("supervised", training.loss, training.states(batch)),
+        ("plain", next_token, model.encode(batch["input_ids"], model.initial_state(2)).hidden),
+    ):
+        model.zero_grad()
+        found = loss(model, states, batch["labels"])
+        found.backward()
+        losses[name] = (found.detach(), model.latent_input.weight.grad.clone())
+
+    torch.testing.assert_close(losses["supervised"], losses["plain"], atol=1e-6, rtol=1e-5)
 
 
 def test_probe_leaves_gradients_alone_and_tells_every_step():

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from newllm.config.fields import Range
 from newllm.config.schema import EvaluationConfig
@@ -21,14 +24,14 @@ from newllm.models.selective import SelectiveLM
 class HaltingConfig(EvaluationConfig):
     """Which thresholds are tried."""
 
-    thresholds: list[Annotated[float, Range(minimum=0, maximum=1)]]  # gates above which a token is emitted
+    quantiles: list[Annotated[float, Range(minimum=0, maximum=1)]]  # shares of the text's gates below a threshold
 
     def check(self, config: Any) -> list[str]:
         """Return what is wrong between the measurement and the model."""
         problems = []
-        if not self.thresholds:
+        if not self.quantiles:
             problems.append(
-                "evaluation.halting.thresholds=[]: leaves nothing to measure. Allowed: at least one number from 0 to 1. "
+                "evaluation.halting.quantiles=[]: leaves nothing to measure. Allowed: at least one number from 0 to 1. "
                 "Give some."
             )
         if getattr(config.model, "halting", "fixed") != "learned":
@@ -43,19 +46,21 @@ class HaltingConfig(EvaluationConfig):
 def measure(material: Material, options: HaltingConfig) -> dict[str, Any]:
     """Return loss (nats per token), perplexity and mean steps per token of every threshold, and of the shares trained on.
 
+    Gates keep near each other wherever a prior holds them: thresholds are taken from the gates of the text itself, at the same shares
+    of them for every model.
+
     Args:
         material: model and text.
-        options: thresholds.
+        options: thresholds, as quantiles.
     """
     model = cast(SelectiveLM, material.model)
-    count = len(options.thresholds) + 1
-    nats, steps, targets = torch.zeros(count).double(), torch.zeros(count).double(), 0
+    thresholds = _thresholds(material, model, options.quantiles)
+    nats, steps, targets = torch.zeros(len(thresholds) + 1).double(), torch.zeros(len(thresholds) + 1).double(), 0
     for batch in material.batches():
-        levels = model.encode(batch["input_ids"], model.initial_state(batch["input_ids"].shape[0])).levels
-        labels = batch["labels"]
+        levels, labels = _levels(model, batch), batch["labels"]
         every = torch.stack([token_losses(model, level, labels)[0] for level in levels.unbind(2)], dim=2)  # [B, T, s]
         shares = halting_log_shares(model.halting_logits(levels)).exp().double()
-        chosen = [model.emitting_step(levels, threshold) for threshold in options.thresholds]
+        chosen = [model.emitting_step(levels, threshold) for threshold in thresholds]
         weights = [torch.nn.functional.one_hot(step, model.skip_interval).double() for step in chosen]
         places = torch.arange(1, model.skip_interval + 1, device=levels.device).double()
         is_target = labels != NO_TARGET
@@ -68,6 +73,22 @@ def measure(material: Material, options: HaltingConfig) -> dict[str, Any]:
         for nat, step in zip(nats.tolist(), steps.tolist(), strict=True)
     ]
     by_threshold = [
-        {"threshold": threshold, **line} for threshold, line in zip(options.thresholds, lines[1:], strict=True)
+        {"quantile": quantile, "threshold": threshold, **line}
+        for quantile, threshold, line in zip(options.quantiles, thresholds, lines[1:], strict=True)
     ]
     return {"weighted": lines[0], "by_threshold": by_threshold, "targets": targets}
+
+
+def _levels(model: SelectiveLM, batch: Mapping[str, Tensor]) -> Tensor:
+    """Hidden states of every step [B, T, s, D]."""
+    return model.encode(batch["input_ids"], model.initial_state(batch["input_ids"].shape[0])).levels
+
+
+def _thresholds(material: Material, model: SelectiveLM, quantiles: Sequence[float]) -> list[float]:
+    """Quantiles of the gates at all targets; at 0 and 1 the thresholds that always and never let the first step emit."""
+    gates = [
+        model.halting_logits(_levels(model, batch)).sigmoid()[batch["labels"] != NO_TARGET].flatten().float().cpu()
+        for batch in material.batches()
+    ]
+    inner = np.quantile(torch.cat(gates).numpy(), quantiles)
+    return [quantile if quantile in (0, 1) else float(gate) for quantile, gate in zip(quantiles, inner, strict=True)]

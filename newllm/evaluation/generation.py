@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 
 from newllm.config.fields import Count, Range
+from newllm.config.prompts import output_problems, prompt_problems, read_prompts
 from newllm.config.schema import EvaluationConfig
 from newllm.data.tokenizer import Tokenizer
 from newllm.evaluation.material import Material
@@ -35,38 +36,20 @@ class GenerationConfig(EvaluationConfig):
     seed: Annotated[int, Range(minimum=0)]
 
     def check(self, config: Any) -> list[str]:
-        """Return what is wrong between these values."""
-        if self.temperature > 0 or self.samples == 1:
-            return []
-        return [
-            f"evaluation.generation.temperature={self.temperature:g}: draws nothing, and "
-            f"evaluation.generation.samples={self.samples} would be the same text each time. Allowed: a temperature above 0, "
-            "or one sample. Raise the temperature or set samples to 1."
-        ]
-
-
-def read_prompts(path: str) -> list[str]:
-    """Return the lines of a file.
-
-    Raises:
-        ValueError: the file cannot be read, is not UTF-8, or has a line without text.
-    """
-    where = f"evaluation.generation.prompts_file={path}"
-    try:
-        content = Path(path).read_bytes()
-        text = content.decode("utf-8").removeprefix("\ufeff")
-    except OSError as error:
-        raise ValueError(f"{where}: cannot be read ({error.strerror}). Allowed: a text file. Check the path.") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: is not UTF-8 at byte {error.start} (0x{content[error.start]:02x}). Allowed: UTF-8. "
-            "Convert the file, for example with iconv -t UTF-8."
-        ) from None
-    prompts = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-    for number, prompt in enumerate(prompts, start=1):
-        if not prompt.strip():
-            raise ValueError(f"{where}: line {number} is empty. Allowed: a prompt on every line. Take the line out.")
-    return prompts
+        """Return what is wrong between these values, with the files they name, and with the data: before anything is trained."""
+        problems = [*prompt_problems(self.prompt, self.prompts_file), *output_problems(self.output)]
+        if not config.data.needs_tokenizer:
+            problems.append(
+                f"evaluation=[generation]: writes text, data={config.data.kind} gives token ids. Allowed: runs on text. "
+                "Leave generation out of the list."
+            )
+        if self.temperature == 0 and self.samples > 1:
+            problems.append(
+                f"evaluation.generation.temperature={self.temperature:g}: draws nothing, and "
+                f"evaluation.generation.samples={self.samples} would be the same text each time. Allowed: a temperature above 0, "
+                "or one sample. Raise the temperature or set samples to 1."
+            )
+        return problems
 
 
 def measure(material: Material, options: GenerationConfig) -> list[dict[str, Any]]:
@@ -76,24 +59,26 @@ def measure(material: Material, options: GenerationConfig) -> list[dict[str, Any
         material: model and tokenizer.
         options: prompts and sampling.
     Raises:
-        ValueError: a prompt is empty or longer than the model can take, or the run has no tokenizer.
+        ValueError: a prompt is empty or longer than the model can take.
     """
     tokenizer = material.tokenizer
-    if tokenizer is None:
-        raise ValueError(
-            "evaluation.generation: the run's data are token ids, not text. Allowed: runs on text. Leave generation out."
-        )
-    prompts = [options.prompt] if options.prompts_file is None else read_prompts(options.prompts_file)
-    encoded = [_encoded(tokenizer, prompt, material.model.max_positions, options.new_tokens) for prompt in prompts]
-    texts = [
-        text
-        for prompt, ids in zip(prompts, encoded, strict=True)
-        for text in _written(material, tokenizer, prompt, ids, options)
-    ]
+    assert tokenizer is not None, "the configuration refuses generation on data that are no text"
+    longest = material.model.max_positions
+    # All are looked at before the first is continued.
+    encoded = [(prompt, _encoded(tokenizer, where, prompt, longest, options)) for where, prompt in _prompts(options)]
+    texts = [text for prompt, ids in encoded for text in _written(material, tokenizer, prompt, ids, options)]
     if options.output is not None:
         lines = [json.dumps(text, ensure_ascii=False) for text in texts]
         _write(Path(options.output), "".join(f"{line}\n" for line in lines))
     return texts
+
+
+def _prompts(options: GenerationConfig) -> list[tuple[str, str]]:
+    """Where each prompt stands, in words, and the prompt."""
+    if options.prompts_file is None:
+        return [("evaluation.generation.prompt", options.prompt)]
+    lines = enumerate(read_prompts(options.prompts_file), start=1)
+    return [(f"evaluation.generation.prompts_file={options.prompts_file}: line {place}", text) for place, text in lines]
 
 
 def _written(
@@ -123,16 +108,18 @@ def _written(
     return texts
 
 
-def _encoded(tokenizer: Tokenizer, prompt: str, max_positions: int | None, new_tokens: int) -> list[int]:
+def _encoded(
+    tokenizer: Tokenizer, where: str, prompt: str, max_positions: int | None, options: GenerationConfig
+) -> list[int]:
     ids = tokenizer.encode(prompt)
     if not ids:
-        raise ValueError("evaluation.generation.prompt: is empty. Allowed: at least one token of text. Give a prompt.")
-    read = len(ids) + new_tokens - 1  # the last token is written and not read
+        raise ValueError(f"{where}: is empty. Allowed: at least one token of text. Give a prompt.")
+    read = len(ids) + options.new_tokens - 1  # the last token is written and not read
     if max_positions is not None and read > max_positions:
         raise ValueError(
-            f"evaluation.generation.prompt: its {len(ids)} tokens and evaluation.generation.new_tokens={new_tokens} need "
+            f"{where}: its {len(ids)} tokens and evaluation.generation.new_tokens={options.new_tokens} need "
             f"{read} positions, the model has {max_positions}. Allowed: prompts of up to "
-            f"{max(0, max_positions - new_tokens + 1)} tokens here. Shorten the prompt or lower new_tokens."
+            f"{max(0, max_positions - options.new_tokens + 1)} tokens here. Shorten the prompt or lower new_tokens."
         )
     return ids
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from small_material import material
 
 from newllm.config.compose import compose
 from newllm.config.problems import ConfigError
-from newllm.evaluation.generation import GenerationConfig, measure, read_prompts
+from newllm.config.prompts import read_prompts
+from newllm.evaluation.generation import GenerationConfig, measure
 from newllm.evaluation.suite import run_evaluation
 from newllm.models.trm import TrmLM
 
@@ -96,9 +98,61 @@ def test_prompt_longer_than_the_model_can_take_is_refused() -> None:
         measure(material(model), options(prompt="a" * (longest + 1)))
 
 
+def test_line_that_is_too_long_is_named(tmp_path: Path) -> None:
+    sizes = {"num_layers": 1, "num_heads": 2, "mlp_dim": 12, "latent_steps": 1, "deep_steps": 1, "supervision_steps": 1}
+    model, output = TrmLM(257, 8, max_positions=16, **sizes).eval(), tmp_path / "texts.jsonl"
+    (tmp_path / "prompts.txt").write_text("short\nmuch too long\n")
+
+    with pytest.raises(ValueError, match=r"prompts_file=.*prompts\.txt: line 2: its 13 tokens"):
+        measure(material(model), options(prompts_file=str(tmp_path / "prompts.txt"), output=str(output)))
+    assert not output.exists()
+
+
 def test_sampling_at_temperature_0_is_refused() -> None:
-    assert "temperature=0: draws nothing" in options(temperature=0).check(None)[0]
-    assert options(temperature=0, samples=1).check(None) == []
+    text = compose([])
+
+    assert "temperature=0: draws nothing" in options(temperature=0).check(text)[0]
+    assert options(temperature=0, samples=1).check(text) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["evaluation.generation.prompt="], r"generation\.prompt: is empty"),
+        (["evaluation.generation.prompts_file=none.txt"], r"none\.txt: cannot be read \(No such file"),
+        (["evaluation.generation.prompts_file=latin1.txt"], r"latin1\.txt: is not UTF-8 at byte 2 \(0xe9\)"),
+        (["evaluation.generation.output=none/texts"], r"output=none/texts: stands in no folder"),
+        (["evaluation.generation.temperature=0"], r"temperature=0: draws nothing"),
+        (["data=delay_copy"], r"evaluation=\[generation\]: writes text, data=delay_copy gives token ids"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("latin1.txt").write_bytes("tr\u00e9s".encode("latin-1"))
+
+    with pytest.raises(ConfigError, match=message):
+        compose(["evaluation=[generation]", *given])
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["prompt="], "evaluation.generation.prompt: is empty"),
+        (["evaluation.generation.prompts_file=latin1.txt"], "latin1.txt: is not UTF-8 at byte 2 (0xe9)"),
+    ],
+)
+def test_refusals_of_the_command_line_exit_with_2(tmp_path: Path, monkeypatch, capsys, given, told) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("newllm.evaluation.suite.load_run", lambda *_: SimpleNamespace(config=compose([])))
+    Path("latin1.txt").write_bytes("tr\u00e9s".encode("latin-1"))
+
+    with pytest.raises(SystemExit) as stopped:
+        run_evaluation(compose(["run=x", "runtime.num_threads=1", "evaluation=[generation]", *given], root="evaluate"))
+
+    assert stopped.value.code == 2
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("top_p", ["0", "1.5", "-1"])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from newllm.config.compose import compose
 from newllm.layers.base import Layer
+from newllm.layers.build import layer_class
 from newllm.layers.infini import InfiniLayer
 from newllm.layers.pythia import PythiaLayer
 from newllm.models.base import LanguageModel
@@ -21,6 +22,7 @@ STACKS = {
     "infini": ["infini", "pythia"],
     "infini-softmax": ["pythia", "infini-softmax"],
 }
+SEVERAL_MEMORIES = {"multi_memory": ["multi_memory", "pythia"], "hierarchical": ["hierarchical", "pythia"]}
 
 
 @cache
@@ -34,6 +36,9 @@ def layer(kind: str) -> Layer:
     if kind in ("pythia", "window"):
         config = layer_config("pythia", "layers.rotary_share=0.5", f"layers.window={4 if kind == 'window' else 'null'}")
         return PythiaLayer(DIM, HEADS, MLP_DIM, config)
+    if kind in SEVERAL_MEMORIES:
+        config = layer_config(kind, f"layers.segment_length={SEGMENT}", "layers.memory_heads=2")
+        return layer_class(kind)(DIM, HEADS, MLP_DIM, config)
     local = "softmax" if kind == "infini-softmax" else "linear"
     config = layer_config("infini", f"layers.segment_length={SEGMENT}", f"layers.local={local}")
     return InfiniLayer(DIM, HEADS, MLP_DIM, config)
@@ -47,8 +52,9 @@ def stir(model: LanguageModel) -> LanguageModel:
 
 
 def selective(stack: str, **options: Any) -> SelectiveLM:
-    """Return a model with random weights on one of STACKS."""
-    model = SelectiveLM(VOCABULARY, DIM, [layer(kind) for kind in STACKS[stack]], **options)
+    """Return a model with random weights on one of STACKS or SEVERAL_MEMORIES."""
+    kinds = {**STACKS, **SEVERAL_MEMORIES}[stack]
+    model = SelectiveLM(VOCABULARY, DIM, [layer(kind) for kind in kinds], **options)
     stir(model)
     return model
 

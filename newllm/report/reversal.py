@@ -32,7 +32,7 @@ def table(groups: Sequence[Group]) -> str:
 
     Mean +- standard deviation over the seeds that tell a number; "-" where none does, because forward exact match was too low.
     """
-    head = ["configuration", "facts trained", "seeds", *(title for title, _ in COLUMNS), "FLOPs per token"]
+    head = ["configuration", "facts trained", "seeds", *(title for title, _ in COLUMNS), "FLOPs per emitted token"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for group in groups:
         found = [evaluated for run in group.by_seed.values() if (evaluated := _measured(run.run.folder)) is not None]

@@ -72,6 +72,21 @@ def test_each_template_is_trained_by_some_facts_and_asked_of_the_others() -> Non
     assert len(set(sentences)) == len(sentences)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_facts_are_asked_backward_in_words_that_other_facts_were_trained_in(share: float) -> None:
+    """Else a wrong answer backward could be that of a model that has never met the sentence."""
+    facts = draw_facts(["author", "founder"], num_people=20, seen_both_ways=share, seed=0)
+    trained = {
+        (fact.relation, sentence.replace(fact.subject, "S").replace(fact.object, "O"))
+        for fact in facts
+        if fact.both_ways
+        for sentence in fact.trained("backward")
+    }
+
+    for fact in facts:
+        assert (fact.relation, fact.asked("backward").replace(fact.subject, "S").replace(fact.object, "O")) in trained
+
+
 def test_names_of_the_two_groups_share_no_word() -> None:
     facts = draw_facts(["author", "founder", "teacher"], num_people=31, seen_both_ways=0.3, seed=5)
 

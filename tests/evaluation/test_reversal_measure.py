@@ -115,6 +115,8 @@ def test_the_other_direction_is_told_only_of_who_knows_the_first(monkeypatch, kn
     assert one_way["forward"]["exact_match"] == float(told)
     if told:
         assert one_way["forward"]["mean_reciprocal_rank"] == 1
+        # It knows each fact in the words asked for, and in no others.
+        assert one_way["forward_reworded"]["exact_match"] == 0
         assert one_way["forward"]["margin_nats"] > 10
         assert one_way["backward"]["exact_match"] == 0
         assert one_way["gap"] == one_way["backward_perplexity"] - one_way["forward_perplexity"] > 1

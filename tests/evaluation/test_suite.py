@@ -74,6 +74,20 @@ def test_logged_numbers_come_out_again_to_the_last_digit(trained, tmp_path, prec
     assert all(entry["equal"] for entry in reproduced.values()), reproduced
 
 
+def test_averaged_weights_are_the_ones_measured(tmp_path):
+    recursive = ["model=trm", "model.num_layers=2", "trainer=trm", "trainer.ema_decay=0.5", "optimizer.lr=0.1"]
+    folder = train(tmp_path, *recursive)
+
+    reproduced = evaluate(folder, "evaluation=[perplexity]")["reproduced"]
+
+    assert all(entry["equal"] for entry in reproduced.values()), reproduced
+    checkpoint = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    last = checkpoint["current_model_state"]["model.latent_input.weight"]
+    loaded = load_run(folder).model.latent_input.weight
+    assert torch.equal(loaded, checkpoint["state_dict"]["model.latent_input.weight"])
+    assert (loaded - last).abs().max() > 1e-3  # two steps of 0.1: the average is not where training stands
+
+
 def test_other_batch_size_measures_the_same_text(trained):
     found = [evaluate(trained, "evaluation=[perplexity]", f"batch_size={size}")["perplexity"] for size in (1, 6)]
 

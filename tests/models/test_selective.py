@@ -4,7 +4,17 @@ import math
 
 import pytest
 import torch
-from small_selective import DIM, HEADS, SEGMENT, STACKS, VOCABULARY, layer, selective, tokens
+from small_selective import (
+    DIM,
+    HEADS,
+    SEGMENT,
+    SEVERAL_MEMORIES,
+    STACKS,
+    VOCABULARY,
+    layer,
+    selective,
+    tokens,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,7 +59,7 @@ def test_calls_of_any_length_equal_one_pass(stack, options, length):
     torch.testing.assert_close(cut, whole, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("stack", [*STACKS, *SEVERAL_MEMORIES])
 @pytest.mark.parametrize("steps", [2, 3])
 def test_generated_logits_equal_teacher_forced_ones(stack, steps):
     model, prompt = selective(stack, skip_interval=steps), tokens(1, 4)

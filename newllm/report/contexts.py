@@ -24,7 +24,7 @@ METRIC = "val/loss"
 LEAD_STEPS = 10  # optimizer steps before a spike in which a norm is looked at
 PANELS = (
     ("validation loss (nats per token)", METRIC, False),
-    ("training loss (nats per token)", "train/loss", False),
+    ("training loss (nats per token)", "train/loss", True),
     ("norm of contexts, mean over positions", "context/norm_mean", True),
     ("gradient norm, before clipping", "optim/grad_norm", True),
 )

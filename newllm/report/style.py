@@ -8,7 +8,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatter, NullFormatter
 
 from newllm.whole_file import whole_file
 
@@ -40,6 +40,13 @@ def _number(value: float, _: float | None = None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+class _FewNumbers(LogFormatter):
+    """Ticks between the powers of ten: told where there are few powers, left out where the labels would lie over each other."""
+
+    def __call__(self, value: float, position: int | None = None) -> str:
+        return _number(value) if super().__call__(value, position) else ""
+
+
 def tidy(axes: Axes, title: str) -> None:
     """Give axes their title, on the left, and take away what carries no information."""
     axes.set_title(title, loc="left", fontsize=9.5, color=INK, fontweight="bold")
@@ -47,7 +54,7 @@ def tidy(axes: Axes, title: str) -> None:
     axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.yaxis.set_major_formatter(FuncFormatter(_number))
-    axes.yaxis.set_minor_formatter(FuncFormatter(_number))
+    axes.yaxis.set_minor_formatter(_FewNumbers() if axes.get_yscale() == "log" else NullFormatter())
 
 
 def styled() -> AbstractContextManager[None]:

@@ -22,6 +22,8 @@ from newllm.report.tables import NONE, Table, as_text, number, spread
 
 METRIC = "val/loss"
 LEAD_STEPS = 10  # optimizer steps before a spike in which a norm is looked at
+RUN_UP_STEPS = 5  # the same before an excursion of the first steps, where there are not ten before it
+EXCURSION = 1.1  # times the first loss: a training loss does not come back there by chance
 PANELS = (
     ("validation loss (nats per token)", METRIC, False),
     ("training loss (nats per token)", "train/loss", True),
@@ -70,6 +72,34 @@ def lead(run: RunCurves, name: str) -> Lead:
     every = np.array(list(growth.values()))
     ranks = tuple(float(np.mean(every < value)) for value in told)
     return Lead(len(told), sum(value > 0 for value in told), ranks)
+
+
+@dataclass(frozen=True)
+class Excursion:
+    """The highest training loss of a run, where it lies above the first one; the first steps have no running median to tell spikes by.
+
+    Attributes:
+        step: optimizer step.
+        height: the loss over the first one.
+        growth: norm of the contexts at the step before, over that RUN_UP_STEPS earlier; None without contexts.
+    """
+
+    step: int
+    height: float
+    growth: float | None
+
+
+def excursion(run: RunCurves) -> Excursion | None:
+    """Return the highest training loss of a run and how the norm of its contexts came to it; None if none is above the first."""
+    steps, losses = points(run.lines, "train/loss")
+    norms = dict(zip(*points(run.lines, "context/norm_mean"), strict=True))
+    highest = int(np.argmax(losses)) if losses else 0
+    if not losses or losses[highest] <= EXCURSION * losses[0]:
+        return None
+    step = steps[highest]
+    before, earlier = norms.get(step - 1), norms.get(max(steps[0], step - 1 - RUN_UP_STEPS))
+    growth = before / earlier if before is not None and earlier else None
+    return Excursion(int(step), losses[highest] / losses[0], growth)
 
 
 def draw_contexts(groups: Sequence[Group]) -> Figure:
@@ -125,13 +155,15 @@ def norm_table(groups: Sequence[Group]) -> Table:
                 number(max((peak for peak in peaks if peak is not None), default=None)),
                 "/".join(map(str, spikes)),
                 *(_told([lead(run, name) for run in finished]) for name in ("context/norm_mean", "optim/grad_norm")),
+                _excursions([found for run in finished if (found := excursion(run)) is not None]),
             ]
         )
     columns = ["", "configuration", METRIC, "norm, last", "norm, largest", "spikes by seed"]
-    columns += ["norm grew before", "gradient norm grew before"]
+    columns += ["norm grew before", "gradient norm grew before", "highest loss"]
     note = (
         f"Grew before: spikes before which it had grown over {LEAD_STEPS} steps / spikes, and how its growth ranks among all "
-        f"stretches of {LEAD_STEPS} steps of the run (mean; 0.5 means that spikes do not follow growth)."
+        f"stretches of {LEAD_STEPS} steps of the run (mean; 0.5 means that spikes do not follow growth). Highest loss: over the first "
+        f"one, where it is above {EXCURSION:g} times it, its step, and the factor of the norm over the {RUN_UP_STEPS} steps before."
     )
     return Table("Contexts", columns, rows, note, frozenset((0, 1)))
 
@@ -143,6 +175,14 @@ def _told(leads: Sequence[Lead]) -> str:
     mean, deviation = mean_and_deviation(total.ranks)
     error = "" if deviation is None else f" +- {deviation / len(total.ranks) ** 0.5:.2f}"
     return f"{total.grew}/{total.spikes}, rank {mean:.2f}{error}"
+
+
+def _excursions(found: Sequence[Excursion]) -> str:
+    told = [
+        f"x{one.height:.1f} @{one.step}" + ("" if one.growth is None else f" norm x{one.growth:.3g}")
+        for one in sorted(found, key=lambda one: -one.height)
+    ]
+    return "; ".join(told) or NONE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -165,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = given.output or given.folders[0] / "contexts.png"
     save_png(draw_contexts(groups), path)
     table = norm_table(groups)
-    print(f"{as_text(table, width=200)}\n\n{table.note}\npicture: {path}")
+    print(f"{as_text(table, width=240)}\n\n{table.note}\npicture: {path}")
     return 0
 
 

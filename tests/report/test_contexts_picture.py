@@ -8,7 +8,7 @@ import pytest
 from made_runs import write_run
 
 from newllm.report.collect import RunCurves, collect
-from newllm.report.contexts import LEAD_STEPS, draw_contexts, lead, main, norm_table, spike_steps
+from newllm.report.contexts import LEAD_STEPS, draw_contexts, excursion, lead, main, norm_table, spike_steps
 from newllm.report.groups import group_runs
 
 STEPS = 120
@@ -63,6 +63,32 @@ def test_a_norm_that_grows_all_the_time_is_no_sign_of_a_spike(tmp_path: Path) ->
 
     assert found.grew == 3
     assert 0.1 < sum(found.ranks) / 3 < 0.9
+
+
+def test_the_highest_loss_is_told_with_what_the_norm_did_before_it(tmp_path: Path) -> None:
+    folder = write_curves(tmp_path / "a")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines[8] |= {"train/loss": 12.0}  # step 9
+    for step in range(3, 9):
+        lines[step - 1]["context/norm_mean"] = 0.5 * 2.0 ** (step - 3)
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    found = excursion(only(folder))
+
+    assert found is not None
+    assert found.step == 9
+    assert found.height == pytest.approx(12.0 / lines[0]["train/loss"])
+    assert found.growth == 32  # from step 3 to step 8
+
+
+def test_a_loss_that_only_falls_has_no_highest_to_tell(tmp_path: Path) -> None:
+    folder = write_curves(tmp_path / "a")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[:-1]:
+        line["train/loss"] = 5 - line["step"] / 100
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    assert excursion(only(folder)) is None
 
 
 def test_table_and_picture_hold_every_configuration(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from bench.measure import DEVICE, Found, Row, paired_ratio, require_quiet, table
 from newllm.models.create import create_model
 
 SEGMENT, BATCH = 64, 1
+TRAINED_BATCH = 8  # as conf/data has it: what a step of training pays
 LENGTHS = [256, 1024, 4096, 8192, 32768]
+LOOP_DIMS = [64, 128]  # of the one head that is compared with its token loop
 # (name shown, model, keys): one layer each, as conf/ has them.
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "pythia": ("pythia", {}),
@@ -50,13 +52,12 @@ def token_loop(queries: Tensor, keys: Tensor, values: Tensor, strengths: Tensor)
     return torch.stack(answers)
 
 
-def delta_against_loop(length: int, rounds: int) -> tuple[list[Row], float]:
-    """Return the rows of the loop and of the layer's kernel in segments, forward and backward, and the loop's ratio."""
+def delta_against_loop(length: int, dim: int, rounds: int) -> tuple[list[Row], float]:
+    """Return the rows of the loop and of the kernel in segments on a head of `dim`, forward and backward, and the loop's ratio."""
     from newllm.layers.banks import Banks
     from newllm.layers.kernels import make_kernel
     from newllm.layers.segments import Tokens, cut
 
-    dim = 128
     queries, keys, values = (torch.randn(length, dim, device=DEVICE, requires_grad=True) for _ in range(3))
     strengths = torch.rand(length, 1, device=DEVICE, requires_grad=True)
 
@@ -81,6 +82,14 @@ def delta_against_loop(length: int, rounds: int) -> tuple[list[Row], float]:
     return rows, paired_ratio(rows[0], rows[1])
 
 
+def batched_ratios(layers: dict[str, nn.Module], length: int, rounds: int) -> dict[str, float]:
+    """Return the duration of each layer's step over that of pythia's, with as many texts side by side as a step of training has."""
+    hidden = torch.randn(TRAINED_BATCH, length, 128, device=DEVICE, requires_grad=True)
+    rows = take_turns({name: step(layer, hidden) for name, layer in layers.items()}, rounds=rounds, warmups=2)
+    base = next(row for row in rows if row.name == "pythia")
+    return {row.name: paired_ratio(row, base) for row in rows}
+
+
 def run(quick: bool) -> Found:
     """Measure all layers at all lengths."""
     lengths = LENGTHS[:2] if quick else LENGTHS
@@ -99,21 +108,34 @@ def run(quick: bool) -> Found:
             per_token[row.name][length] = 1e6 * row.median / (BATCH * length)
         figures[f"T{length}"] = {row.name: row.figures() for row in rows}
         print(length, {row.name: round(per_token[row.name][length], 1) for row in rows}, flush=True)
+    trained = batched_ratios(layers, lengths[0], rounds=2 if quick else 9)
     base = per_token["pythia"][lengths[0]]
     lines = []
     for name, found in per_token.items():
         first = found[lengths[0]]
         costs = [f"{found[n]:.1f}" if n in found else "" for n in lengths]
-        lines.append([name, *costs, f"{first / base:.2f}", f"{max(found.values()) / first:.2f}"])
-    delta_rows, ratio = delta_against_loop(128 if quick else 2048, rounds=2 if quick else 3)
-    figures |= {"microseconds_per_token": per_token, "token_loop_over_delta_token": ratio}
+        lines.append(
+            [name, *costs, f"{first / base:.2f}", f"{trained[name]:.2f}", f"{max(found.values()) / first:.2f}"]
+        )
+    loops = {dim: delta_against_loop(128 if quick else 2048, dim, rounds=2 if quick else 5) for dim in LOOP_DIMS}
+    figures |= {
+        "microseconds_per_token": per_token,
+        f"over_pythia_at_B{TRAINED_BATCH}": trained,
+        "token_loop_over_delta_token": {dim: ratio for dim, (_, ratio) in loops.items()},
+    }
     if not quick:
         _draw(per_token)
-    head = ["layer", *[f"T {n}" for n in lengths], f"/ pythia at T {lengths[0]}", "dearest / first"]
+    head = ["layer", *[f"T {n}" for n in lengths], f"/ pythia at T {lengths[0]}"]
+    head += [f"the same at B {TRAINED_BATCH}", "dearest / first"]
+    against = ", ".join(
+        f"{ratio:.1f} times as fast on a head of {dim} ({rows[0].median:.2f} s, {rows[1].median:.3f} s)"
+        for dim, (rows, ratio) in loops.items()
+    )
     told = (
-        f"Microseconds per token of a forward and backward pass of one layer, D 128, B {BATCH}, segments of {SEGMENT}, fp32.\n\n"
-        f"delta_token against a loop over {128 if quick else 2048} tokens, one head of 128: {ratio:.1f} times as fast "
-        f"({delta_rows[0].median:.2f} s, {delta_rows[1].median:.3f} s).\n\n![Cost per token over length](bench_memory_layers.png)"
+        f"Microseconds per token of a forward and backward pass of one layer, D 128, B {BATCH}, segments of {SEGMENT}, fp32. "
+        f"Segments are read one after another: with a single text, calls cost as much as the products in them.\n\n"
+        f"delta_token against a loop over {128 if quick else 2048} tokens: {against}."
+        "\n\n![Cost per token over length](bench_memory_layers.png)"
     )
     return Found(f"{table(head, lines)}\n\n{told}", figures)
 

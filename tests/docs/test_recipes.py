@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from newllm.config.compose import compose
+from newllm.layers.memory_state import MemoryLayerState
 from newllm.run import run_training
+from newllm.state import parts_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 
@@ -36,3 +39,8 @@ def test_a_memory_travels_as_the_page_says(tmp_path: Path, monkeypatch: pytest.M
 
     assert (tmp_path / "book.safetensors").is_file()
     assert machine_b["session"].frozen == (0,)
+    moved, kept = (
+        parts_of(machine_b[name].state, MemoryLayerState)["layers.0"].memory for name in ("other", "session")
+    )
+    assert moved.matrix[:, 1].any()
+    assert torch.equal(moved.matrix[:, 1], kept.matrix[:, 0])

@@ -14,6 +14,8 @@ from newllm.config.typed import flat
 
 OPTIONAL_GROUPS = ("experiment", "sweep", "debug")
 """Groups of which none need be chosen."""
+TEXTS = ("prompt", "evaluation.generation.prompt")
+"""Keys whose value is prose: commas, brackets and apostrophes in it mean nothing."""
 
 
 @dataclass
@@ -66,17 +68,27 @@ def quoted(text: str) -> str:
 def readable(overrides: list[str], root: str) -> list[str]:
     """Return the overrides as Hydra reads them to the same effect.
 
-    An option that its grammar takes for a number gets quotes (debug=nan), and null for a group of which nothing need
-    be chosen is left out.
+    An option that its grammar takes for a number gets quotes (debug=nan), and so do prose and what it has no letters for
+    (name=<Japanese>); null for a group of which nothing need be chosen is left out.
     """
     defaults = chosen_by_default(root)
     written = []
-    for text in overrides:
+    for text in map(_with_quotes, overrides):
         group, _, option = text.partition("=")
         is_number = group in defaults and option in options(group) and not isinstance(parse(text).value(), str)
         if group not in OPTIONAL_GROUPS or option not in ("null", ""):
             written.append(f"{group}={quoted(option)}" if is_number else text)
     return written
+
+
+def _with_quotes(text: str) -> str:
+    """The override with its value in quotes where the grammar would misread it: prose, and letters beyond ASCII."""
+    key, _, value = text.partition("=")
+    if key in TEXTS:
+        is_quoted = len(value) > 1 and value[0] in "'\"" and value[0] == value[-1]
+        return text if is_quoted or value in ("", "null") else f"{key}={quoted(value)}"
+    # What marks a list, several values or a quotation is left to the grammar.
+    return text if value.isascii() or set(value) & set(",'\"([{") else f"{key}={quoted(value)}"
 
 
 def judge(overrides: list[str], root: str) -> Judgement:

@@ -11,6 +11,7 @@ from small_material import material
 from newllm.config.compose import compose
 from newllm.config.problems import ConfigError
 from newllm.config.prompts import read_prompts
+from newllm.config.sweeps import examine_jobs
 from newllm.evaluation.generation import GenerationConfig, measure
 from newllm.evaluation.suite import run_evaluation
 from newllm.models.trm import TrmLM
@@ -159,6 +160,26 @@ def test_refusals_of_the_command_line_exit_with_2(tmp_path: Path, monkeypatch, c
 def test_top_p_out_of_range_is_refused(top_p: str) -> None:
     with pytest.raises(ConfigError, match=r"evaluation\.generation\.top_p=.*Allowed: .*above 0, at most 1"):
         compose(["run=x", "evaluation=[generation]", f"evaluation.generation.top_p={top_p}"], root="evaluate")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["\u543e\u8f29\u306f\u732b\u3067\u3042\u308b", "Hear, O Israel: it's", "1984", "[1] In", "a=b", "x\\'s", "'tis"],
+)
+def test_prompt_is_read_letter_by_letter(prompt: str) -> None:
+    assert compose(["run=x", f"prompt={prompt}"], root="evaluate").prompt == prompt
+
+
+@pytest.mark.parametrize("given", ["'Hear, O Israel'", '"Hear, O Israel"'])
+def test_prompt_in_quotes_is_read_without_them(given: str) -> None:
+    assert compose(["run=x", f"prompt={given}"], root="evaluate").prompt == "Hear, O Israel"
+
+
+def test_names_may_have_letters_beyond_ascii() -> None:
+    config = compose(["name=\u5b9f\u9a13", "data=jsonl", "data.path=\u732b.jsonl.gz"])
+
+    assert (config.name, config.data.path) == ("\u5b9f\u9a13", "\u732b.jsonl.gz")
+    assert len(examine_jobs(["name=\u732b,\u72ac"], "train")) == 1  # two values, not one with a comma
 
 
 def test_prompt_of_the_command_line_needs_generation(tmp_path: Path, monkeypatch, capsys) -> None:

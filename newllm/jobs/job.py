@@ -50,7 +50,7 @@ def run_job(job: Job, script: Path) -> float | None:
     try:
         record.write(sweep)
         record = _outcome(job, script, record)
-    except (OSError, ValueError) as error:  # a full disk, a damaged run.json: of this job alone
+    except Exception as error:  # a full disk, a damaged run.json, a process that cannot be started: of this job alone
         record = replace(record, status="failed", reason=f"{type(error).__name__}: {error}")
     except BaseException as error:
         record = replace(record, status="stopped", reason=type(error).__name__)

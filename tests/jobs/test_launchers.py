@@ -67,7 +67,7 @@ def test_twelve_jobs_of_which_two_fail(launcher: str, tmp_path: Path) -> None:
     assert Counter(record.status for record in records) == {"done": 10, "failed": 2}
     failed = [record for record in records if record.has_failed]
     assert all("guards.plant_nan_at_step=5" in record.overrides for record in failed)
-    assert Counter(record.status for record in records_again) == {"skipped": 10, "failed": 2}
+    assert Counter(record.status for record in records_again) == {"skipped": 10, "failed": 2}, again.stderr
     assert [record.val_loss for record in records if not record.has_failed] == [
         record.val_loss for record in records_again if not record.has_failed
     ]

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import yaml
 from newllm.config.command_line import Job
 from newllm.config.compose import compose
 from newllm.config.typed import plain
-from newllm.jobs.job import _outcome
+from newllm.jobs.job import _outcome, run_job
 from newllm.jobs.record import JobRecord, read_records
 from newllm.jobs.sweep import Narrator, run_sweep, table, told
 
@@ -109,6 +110,25 @@ def test_a_job_of_another_version_is_refused_with_the_reason(tmp_path: Path) -> 
 
     assert outcome.status == "refused"
     assert "was not written by this version of newllm: memory=3: is not a key here." in outcome.reason
+
+
+@pytest.mark.parametrize("error", [OSError("no room"), KeyError("status"), RuntimeError("can't start new thread")])
+def test_a_job_that_cannot_be_started_fails_alone(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    hydra = SimpleNamespace(job=SimpleNamespace(num=3))
+    monkeypatch.setattr("newllm.jobs.job.HydraConfig", SimpleNamespace(get=lambda: hydra))
+    monkeypatch.setattr("newllm.jobs.job._outcome", fail)
+    monkeypatch.setenv("NEWLLM_SWEEP", str(tmp_path))
+
+    loss = run_job(Job(compose(TINY), tmp_path / "job", [*TINY]), ROOT / "train.py")
+
+    assert loss is None
+    (left,) = read_records(tmp_path)
+    assert (left.number, left.status, left.reason) == (3, "failed", f"{type(error).__name__}: {error}")
 
 
 def record(number: int, status: str, **facts: Any) -> JobRecord:

@@ -125,13 +125,13 @@ def test_what_a_sweep_compares_sees_the_same_text_in_as_many_steps(stem: str) ->
     assert {name for name, found in seen.items() if found != next(iter(seen.values()))} == set()
 
 
-@pytest.mark.parametrize(("stem", "more_flops"), [("controls", 1.34), ("updates", 1.09)])
+@pytest.mark.parametrize(("stem", "more_flops"), [("controls", 1.01), ("updates", 1.09)])
 def test_what_a_sweep_compares_costs_about_as_much(stem: str, more_flops: float) -> None:
-    """The window of four tokens is a third dearer, and no context a quarter cheaper: it has a part less."""
+    """But for those without a context, which computes what is never read."""
     flops = {}
     for name, config in controls(stem).items():
-        with torch.device("meta"):
-            flops[name] = build_model(config, 1024).flops_per_token(config.data.block_length)
-    flops.pop("controls_zero", None)
+        if getattr(config.model, "plan", None) != "none":
+            with torch.device("meta"):
+                flops[name] = build_model(config, 1024).flops_per_token(config.data.block_length)
 
     assert max(flops.values()) <= more_flops * min(flops.values())

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bench.measure import DEVICE, Found, paired_ratio, peak_bytes, require_quiet, table, take_turns
-from newllm.losses.linear_cross_entropy import mean_nats, rows_at_once
+from newllm.losses.linear_cross_entropy import mean_nats, rows_of_chunks
 
 ROWS, FEATURES, VOCABULARY = 1024, 512, 50304
 
@@ -20,7 +20,7 @@ def run(quick: bool) -> Found:
     features = torch.randn(rows, FEATURES, device=DEVICE, requires_grad=True)
     weight = (0.02 * torch.randn(vocab, FEATURES, device=DEVICE)).requires_grad_()
     targets = torch.randint(vocab, (rows,), device=DEVICE)
-    at_once = 16 if quick else rows_at_once(features, vocab)
+    at_once = 16 if quick else rows_of_chunks(features, vocab)
 
     def plain() -> list[torch.Tensor]:
         loss = nn.functional.cross_entropy(nn.functional.linear(features, weight), targets)

@@ -21,10 +21,20 @@ NO_TARGET = -100
 MAX_LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**30}
 
 
+# Rows of a chunk of `mean_nats` on a CPU: enough for the products to be at full speed, few enough to stay in the caches.
+ROWS_PER_CHUNK = 256
+
+
 def rows_at_once(features_NF: Tensor, vocab_size: int) -> int:
     """Return how many rows' logits, in fp32, fit the limit of the device; at least 1."""
     width = max(4, features_NF.element_size())
     return max(1, MAX_LOGITS_BYTES.get(features_NF.device.type, 2**26) // (width * vocab_size))
+
+
+def rows_of_chunks(features_NF: Tensor, vocab_size: int) -> int:
+    """Return how many rows `mean_nats` should take at once on the device, within its limit."""
+    limit = rows_at_once(features_NF, vocab_size)
+    return min(limit, ROWS_PER_CHUNK) if features_NF.device.type == "cpu" else limit
 
 
 def mean_nats(features_NF: Tensor, weight: Tensor, bias: Tensor | None, targets_N: Tensor, *, rows: int) -> Tensor:
@@ -68,21 +78,27 @@ def _as_autocast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
-def _log_probabilities_to_gradient(log_probabilities: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy of each row, 0 without a target, and its gradient by the logits: the argument's own memory on a CPU."""
+def _to_nats_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of each row, 0 without a target, and its gradient by the logits, in whose memory it is where the dtype allows.
+
+    The exponential is taken once: the sum of all is in the largest share, which never underflows.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
     is_target = (targets != NO_TARGET).unsqueeze(1)
     index = targets.clamp_min(0).unsqueeze(1)
-    nats = -(log_probabilities.gather(1, index) * is_target)
-    gradient = log_probabilities.exp_()
-    gradient.scatter_add_(1, index, gradient.new_full((), -1.0).expand(index.shape))
-    return nats, gradient
+    largest, own = logits.amax(dim=1, keepdim=True).to(wide), logits.gather(1, index).to(wide)
+    in_place = logits.dtype == wide and logits.device.type == "cpu"
+    shares = torch.softmax(logits, dim=1, out=logits) if in_place else logits.softmax(dim=1, dtype=wide)
+    nats = (largest - shares.amax(dim=1, keepdim=True).log() - own) * is_target
+    shares.scatter_add_(1, index, shares.new_full((), -1.0).expand(index.shape))
+    return nats, shares
 
 
 @cache
 def _part(device_type: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Fused on CUDA, where the three passes over a chunk would cost more than its products."""
-    compiled: Any = torch.compile(_log_probabilities_to_gradient, dynamic=False)
-    return compiled if device_type == "cuda" else _log_probabilities_to_gradient
+    """Fused on CUDA, where the passes over a chunk would cost more than its products."""
+    compiled: Any = torch.compile(_to_nats_and_gradient, dynamic=False)
+    return compiled if device_type == "cuda" else _to_nats_and_gradient
 
 
 class _MeanNats(torch.autograd.Function):
@@ -96,24 +112,30 @@ class _MeanNats(torch.autograd.Function):
         num_targets = is_target.sum()
         total = features.new_zeros((), dtype=wide)
         by_features = torch.empty_like(features) if wants_features else None
-        by_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        by_weight: Tensor | None = None
         by_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wants_bias else None
         nats_and_gradient = _part(features.device.type)
+        # One piece of memory for all chunks: a new one each time is new pages each time.
+        memory = features.new_empty(min(rows, features.shape[0]), weight.shape[0])
         for start in range(0, features.shape[0], rows):
             part = slice(start, start + rows)
-            logits = torch.nn.functional.linear(features[part], weight, bias)
-            log_probabilities = logits.log_softmax(dim=1, dtype=wide)
-            del logits
-            nats, gradient = nats_and_gradient(log_probabilities, targets[part])
+            logits = memory[: features[part].shape[0]]
+            if bias is None:
+                torch.mm(features[part], weight.T, out=logits)
+            else:
+                torch.addmm(bias.to(logits.dtype), features[part], weight.T, out=logits)
+            nats, gradient = nats_and_gradient(logits, targets[part])
             total += nats.sum()
             # Rows without a target are left out of the narrow factors: the wide one is not read once more for them.
             gradient = gradient.to(features.dtype)
             if by_features is not None:
                 torch.mm(gradient, weight, out=by_features[part])
                 by_features[part].mul_(is_target[part])
-            if by_weight is not None:
+            if wants_weight:
                 counted = features[part] * is_target[part]
-                if by_weight.dtype == gradient.dtype:
+                if by_weight is None:
+                    by_weight = (gradient.T @ counted).to(wide)
+                elif by_weight.dtype == gradient.dtype:
                     by_weight.addmm_(gradient.T, counted)
                 else:
                     by_weight += gradient.T @ counted

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from newllm.config.schema import LossConfig
-from newllm.losses.linear_cross_entropy import NO_TARGET, at_least_fp32, mean_nats, row_nats, rows_at_once
+from newllm.losses.linear_cross_entropy import (
+    NO_TARGET,
+    at_least_fp32,
+    mean_nats,
+    row_nats,
+    rows_at_once,
+    rows_of_chunks,
+)
 from newllm.models.base import LanguageModel
 
 
@@ -45,8 +52,8 @@ def mean_over_targets(values: Tensor, targets: Tensor) -> Tensor:
 class NextTokenLoss(nn.Module):
     """Mean cross entropy over all targets of a batch, nats per token; `NO_TARGET` positions do not count.
 
-    Logits that would take more bytes than the device's limit are made in chunks, and the gradient with them: the same loss and
-    gradients, without the logits of a whole batch.
+    Where scores are one linear map they are made in chunks and the gradient with them, the same loss and gradients: on a CPU always,
+    it reads and writes the logits fewer times; on a GPU where the logits of the batch would take more bytes than its limit.
 
     Args:
         config: no options.
@@ -63,8 +70,9 @@ class NextTokenLoss(nn.Module):
             hidden: states [B, T, D].
             targets: the token after each position [B, T], as the batch holds them: nothing is shifted here.
         """
-        rows = rows_at_once(hidden, model.vocab_size)
-        head = model.linear_head(hidden.flatten(0, 1)) if targets.numel() > rows else None
+        rows = rows_of_chunks(hidden, model.vocab_size)
+        in_chunks = hidden.device.type == "cpu" or targets.numel() > rows
+        head = model.linear_head(hidden.flatten(0, 1)) if in_chunks else None
         if head is not None:
             return mean_nats(*head, targets.flatten(), rows=rows)
         logits = at_least_fp32(model.logits(hidden)).flatten(0, 1)

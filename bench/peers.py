@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from bench.setup_peers import FOLDER, PEERS, REPORT
+from bench.setup_peers import CUDA_PEERS, FOLDER, PEERS, REPORT
 
 
 def problem_with(name: str) -> str | None:
@@ -33,6 +33,6 @@ def import_peer(module: str) -> Any:
 
 def missing(names: list[str]) -> str:
     """Return one sentence for each of the peers that is not there, as markdown."""
-    assert set(names) <= set(PEERS), "unknown peer"
+    assert set(names) <= set(PEERS | CUDA_PEERS), "unknown peer"
     found = {name: problem_with(name) for name in names}
     return "".join(f"\n\n{name}: not measured ({problem})." for name, problem in found.items() if problem is not None)

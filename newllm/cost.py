@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import psutil
 import torch
 
+from newllm.config.compose import compose_model
+from newllm.config.library import options
 from newllm.config.schema import TrainConfig
 from newllm.data.module import TextDataModule, build_data
 from newllm.models.base import LanguageModel, count_parameters
@@ -61,11 +65,57 @@ def check_memory(config: TrainConfig, vocab_size: int) -> None:
     if needed <= free:
         return
     batch = _memory_bytes(config, parameters, vocab_size) - copies
+    fitting = _sizes_within(free * copies / needed, config, vocab_size)
     raise ValueError(
         f"model: {parameters['total']:,} parameters need {needed / 2**30:,.1f} GiB for weights, gradients and moments (and a batch about "
-        f"{batch / 2**30:,.1f} GiB more), there are {free / 2**30:,.1f} GiB {where}. Allowed: what fits. "
+        f"{batch / 2**30:,.1f} GiB more), there are {free / 2**30:,.1f} GiB {where}. Allowed: what fits, of the "
+        f"named sizes {', '.join(fitting) or 'none'}. "
         "Choose a smaller size, model.num_layers or tokenizer.vocab_size, or share the model out among GPUs with runtime=fsdp."
     )
+
+
+def out_of_memory(config: TrainConfig, vocab_size: int) -> str:
+    """Return what to tell where a training step did not find the memory that it asked for: how many rows fit.
+
+    Args:
+        config: the whole configuration.
+        vocab_size: of its data.
+    """
+    with torch.device("meta"):
+        parameters = count_parameters(build_model(config, vocab_size))
+    rows, has = config.data.batch_size, _has_bytes(config)
+    copies = _copies(parameters, config)
+    a_row = (_memory_bytes(config, parameters, vocab_size) - copies) / rows
+    estimate = int(max(0.0, has - copies) / a_row) * config.runtime.devices
+    fitting = [n for n in range(1, rows) if rows % n == 0 and n % config.runtime.devices == 0 and n <= max(1, estimate)]
+    where, tokens = "the GPU" if config.runtime.accelerator == "gpu" else "this machine", config.data.block_length
+    given = f"data.batch_size={rows}: a step of {rows} x {tokens} tokens does not fit the {has / 2**30:,.1f} GiB of {where}."
+    if not fitting:
+        return f"{given} Allowed: shorter blocks or a smaller model. Choose a smaller data.block_length or size."
+    batches = config.trainer.accumulate_batches * rows // fitting[-1]
+    return (
+        f"{given} Allowed: about {', '.join(map(str, fitting))}. Set data.batch_size={fitting[-1]} and "
+        f"trainer.accumulate_batches={batches}, which make the same steps."
+    )
+
+
+def _sizes_within(nbytes: float, config: TrainConfig, vocab_size: int) -> list[str]:
+    """Named sizes whose weights, gradients and moments take at most so many bytes."""
+    found = []
+    for name in options("size"):
+        other = replace(compose_model("pythia", size=name, keys={}), runtime=config.runtime, trainer=config.trainer)
+        with torch.device("meta"):
+            parameters = count_parameters(build_model(other, vocab_size))
+        if _copies(parameters, other) <= nbytes:
+            found.append(f"size={name}")
+    return found
+
+
+def _has_bytes(config: TrainConfig) -> float:
+    """All bytes of the device, those in use included."""
+    if config.runtime.accelerator == "gpu":
+        return torch.cuda.mem_get_info()[1]
+    return psutil.virtual_memory().total
 
 
 def _free_bytes(config: TrainConfig) -> tuple[int, str]:

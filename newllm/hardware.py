@@ -14,7 +14,9 @@ from torch import nn
 
 from newllm import ranks
 from newllm.config.schema import RuntimeConfig
+from newllm.layers import fused_delta
 from newllm.layers.base import Layer
+from newllm.layers.memory_layer import MemoryLayer
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,31 @@ def compile_layers(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, Layer):
             layer.compile()
+
+
+def use_fused_kernels(model: nn.Module, runtime: RuntimeConfig) -> None:
+    """Train layers of memory_kernel=delta_token with flash-linear-attention where it pays, is installed, and is right here.
+
+    It is compared with this package's own form on the GPU of the run, in the sizes of every layer, before the first step. Passes
+    without gradient, validation among them, keep to the own form.
+    """
+    if runtime.accelerator != "gpu" or "16" not in runtime.precision:
+        return
+    layers = [layer for layer in model.modules() if isinstance(layer, MemoryLayer) and layer.takes_fused]
+    rule = fused_delta.installed() if layers else None
+    if rule is None:
+        return
+    problems = {layer.use_fused(rule, "cuda") for layer in layers} - {None}
+    for problem in sorted(problems, key=str):
+        log.warning(
+            "layers.memory_kernel=delta_token: flash-linear-attention is not used, %s. Training goes on with the own form, which is "
+            "slower and right.",
+            problem,
+        )
+    if not problems:
+        log.info(
+            "layers.memory_kernel=delta_token: trains with flash-linear-attention, its gradients agree with the own form's"
+        )
 
 
 def trainer_flags(runtime: RuntimeConfig) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from newllm.config.command_line import refuse
 from newllm.config.run_folder import FIRST_PHASE, can_resume
 from newllm.config.schema import TrainConfig
 from newllm.config.typed import config_hash, plain, real_config
-from newllm.cost import check_memory, describe_cost
+from newllm.cost import check_memory, describe_cost, out_of_memory
 from newllm.data.loader import dead_workers_named
 from newllm.data.module import TextDataModule, build_data
 from newllm.embedding import embedding_table, freeze_embedding, set_embedding, token_embedding
@@ -43,7 +43,7 @@ from newllm.generation import sample_texts
 from newllm.guards.monitor import Monitor
 from newllm.guards.preflight import run_preflight
 from newllm.guards.verdict import GuardFailure, Verdict, require_passed, switched_off
-from newllm.hardware import check_devices, compile_layers, set_threads, trainer_flags, warn_of_loss
+from newllm.hardware import check_devices, compile_layers, set_threads, trainer_flags, use_fused_kernels, warn_of_loss
 from newllm.launch import agreed, joined
 from newllm.load import checkpoint_path, load_run, read_checkpoint
 from newllm.models.base import LanguageModel, count_parameters
@@ -201,6 +201,7 @@ def _prepare(config: TrainConfig, folder: Path) -> Prepared:
     module = build_training_module(
         model, config, data.token_bytes, num_samples=data.num_train_samples, folder=folder, data=data
     )
+    use_fused_kernels(model, config.runtime)
     if config.runtime.compile:
         compile_layers(model)
     return Prepared(config, folder, data, model, module, checkpoint)
@@ -406,4 +407,7 @@ def _fit(prepared: Prepared, session: Session) -> None:
         callbacks=_callbacks(prepared, session),
     )
     with session.stop, dead_workers_named(config.data.num_workers):
-        trainer.fit(module, datamodule=prepared.data, ckpt_path=prepared.checkpoint)
+        try:
+            trainer.fit(module, datamodule=prepared.data, ckpt_path=prepared.checkpoint)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(out_of_memory(config, prepared.data.vocab_size)) from error

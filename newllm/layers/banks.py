@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from newllm.layers.kernels import Elu, Kernel, Segment
-from newllm.layers.memory import LinearMemory, total
+from newllm.layers.memory import Bank, LinearMemory, total
+from newllm.layers.segments import Segments
 
 
 class Banks:
@@ -75,12 +76,18 @@ class Banks:
         target = self._next_open()
         if target is None:
             return
-        self._banks[target] = self.kernel.write(self._banks[target], self.segment, self._novelty_for(target))
-        self._prepared[target] = None
-        if not self._is_filled[target]:
-            self._is_filled[target] = True
-            self._is_empty_BN = self._is_empty_BN & ~self._is(target)
+        self._replace(target, self.kernel.write(self._banks[target], self.segment, self._novelty_for(target)))
         self._pass_turn(target)
+
+    def can_pass_over(self) -> bool:
+        """Return whether `pass_over` is what opening, reading and closing whole segments would come to."""
+        return self.kernel.fused is not None and not self._frozen[0] and torch.is_grad_enabled()
+
+    def pass_over(self, segments: Segments) -> Tensor:
+        """Open, read and close whole segments; return what the only bank answered on the way [B, H, n * L, d]."""
+        answers, written = self.kernel.pass_over(self._banks[0], segments)
+        self._replace(0, written)
+        return answers
 
     def detach(self) -> None:
         """Cut the gradient through everything written so far."""
@@ -166,6 +173,12 @@ class Banks:
         if len(self) == 1:
             return tuple(tensor.unsqueeze(1) for tensor in self._prepared[0])
         return tuple(torch.stack(tensors, dim=1) for tensors in zip(*self._prepared, strict=True))
+
+    def _replace(self, target: int, written: Bank) -> None:
+        self._banks[target], self._prepared[target] = written, None
+        if not self._is_filled[target]:
+            self._is_filled[target] = True
+            self._is_empty_BN = self._is_empty_BN & ~self._is(target)
 
     def _is(self, bank: int) -> Tensor:
         """True for that bank [N]."""

@@ -38,6 +38,8 @@ class InfiniLayer(MemoryLayer):
     Source: Infini-attention (Munkhdalai et al., 2024). Differs: one wide head by default, linear local attention by default.
     """
 
+    recalls_as_bank = True
+
     def __init__(self, dim: int, num_heads: int, mlp_dim: int, config: InfiniConfig) -> None:
         super().__init__(
             dim, mlp_dim, config, num_banks=config.num_memory_banks, segments_per_bank=config.segments_per_bank

@@ -11,8 +11,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from newllm.layers import fused_delta
 from newllm.layers.memory import Bank, LinearMemory, WriteRule, divide
-from newllm.layers.segments import Segments, causal
+from newllm.layers.segments import Segments, Tokens, causal, side_by_side
 
 
 class Segment(NamedTuple):
@@ -41,11 +42,13 @@ class Kernel:
         keeps: sums of `Bank` it needs besides matrix and norm.
         has_strengths: tokens say how much of their value they write.
         reads_open_segment: reads see the tokens of the query's own segment too, up to the query.
+        fused: a device's kernel for whole segments of one bank, with which `pass_over` trains; None where there is none.
     """
 
     keeps: ClassVar[frozenset[str]] = frozenset()
     has_strengths: ClassVar[bool] = False
     reads_open_segment: ClassVar[bool] = False
+    fused: fused_delta.Rule | None = None
 
     def __init__(self, rule: WriteRule = "linear") -> None:
         self.rule: WriteRule = rule
@@ -122,6 +125,16 @@ class Kernel:
         """Return the bank with a closed segment written to it; all its sums run over the same tokens."""
         turned = segment.keys.transpose(-1, -2)
         return bank.plus(matrix=turned @ novelty, norm=segment.key_sum)
+
+    def pass_over(self, bank: Bank, segments: Segments) -> tuple[Tensor, Bank]:
+        """Return what the bank answers to whole segments while each is written after it was read, and the bank after them.
+
+        Only for kernels with `fused` set.
+
+        Returns:
+            Answers [B, H, n * L, d], and the bank.
+        """
+        raise NotImplementedError
 
     def recall_flops(self, lengths: Sequence[int], num_banks: int, head_dim: int) -> float:
         """Return the FLOPs on one head of reading all banks for segments of these lengths, written in turn from empty ones."""
@@ -281,6 +294,23 @@ class DeltaToken(Kernel):
         # The norm keeps the features' sum: where the keys of this bank lie, for the choice between memories.
         keys = segment.products[1]
         return bank.plus(matrix=keys.transpose(-1, -2) @ novelty, norm=segment.key_sum)
+
+    def pass_over(self, bank: Bank, segments: Segments) -> tuple[Tensor, Bank]:
+        assert self.fused is not None, "segments are passed over together by a fused kernel only"
+        queries, keys = (torch.nn.functional.normalize(part, dim=-1) for part in (segments.queries, segments.keys))
+        q, k, v, strengths = (part.flatten(2, 3) for part in (queries, keys, segments.values, segments.strengths))
+        answers, matrix = fused_delta.pass_over(self.fused, q, k, v, strengths, bank.matrix)
+        return answers, bank._replace(matrix=matrix).plus(norm=segments.key_features.sum(dim=(2, 3)))
+
+    def as_one_segment(
+        self, queries: Tensor, keys: Tensor, values: Tensor, strengths: Tensor, matrix: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `fused_delta.pass_over` returns, by this kernel."""
+        (segment,) = self.split(side_by_side(queries, Tokens(keys, values, strengths), 1))
+        unused = matrix.new_zeros(0)
+        bank = Bank(matrix, matrix.new_zeros(matrix.shape[:-1]), unused, unused, unused)
+        novelty = self.novelty(bank, segment)
+        return queries @ matrix + self.read_open(segment, novelty), self.write(bank, segment, novelty).matrix
 
     def segment_flops(self, length: int, head_dim: int) -> float:
         squares = 2 * 3 * head_dim * length**2  # steps, scores, and the scores' sums of novelties

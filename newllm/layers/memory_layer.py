@@ -8,16 +8,17 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from newllm.config.fields import Range
 from newllm.config.schema import GroupConfig
+from newllm.layers import fused_delta
 from newllm.layers.banks import Banks
 from newllm.layers.base import MLP, Layer
-from newllm.layers.kernels import make_kernel
+from newllm.layers.kernels import DeltaToken, make_kernel
 from newllm.layers.memory import divide
 from newllm.layers.memory_state import MemoryLayerState
 from newllm.layers.segments import Segments, Tokens, cut, linear_attention, side_by_side, softmax_attention
@@ -115,7 +116,12 @@ class MemoryLayer(Layer):
         config: memory options.
         num_banks: memories that are written in turn.
         segments_per_bank: segments written to one before the next one's turn.
+
+    Attributes:
+        recalls_as_bank: with one bank, `recall` is what that bank answers.
     """
+
+    recalls_as_bank: ClassVar[bool] = False
 
     def __init__(self, dim: int, mlp_dim: int, config: MemoryConfig, *, num_banks: int, segments_per_bank: int) -> None:
         super().__init__()
@@ -145,6 +151,20 @@ class MemoryLayer(Layer):
     def facts(self, decisions: Tensor) -> dict[str, Tensor]:
         """Return what is worth knowing of the decisions of `recall`, per position, by name."""
         return {}
+
+    @property
+    def takes_fused(self) -> bool:
+        """Whether a device's kernel for the token delta rule could pass over this layer's segments."""
+        return isinstance(self.kernel, DeltaToken) and self.recalls_as_bank and self.num_banks == 1
+
+    def use_fused(self, rule: fused_delta.Rule, device: torch.device | str) -> str | None:
+        """Train with such a kernel if it does what the layer's own does; else return what is wrong with it."""
+        assert isinstance(self.kernel, DeltaToken), "only layers with `takes_fused` are given one"
+        problem = fused_delta.problem_with(
+            rule, self.kernel.as_one_segment, num_heads=self.num_heads, head_dim=self.head_dim, device=device
+        )
+        self.kernel.fused = rule if problem is None else None
+        return problem
 
     def initial_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> MemoryLayerState:
         zeros, sizes = (0,) * batch_size, (self.num_heads, self.head_dim)
@@ -233,8 +253,14 @@ class MemoryLayer(Layer):
         banks, local, contents = self._banks(state, queries.dtype), [], []
         recalls: list[Recall] = []
         closed, length = 0, self.options.segment_length
+        fuses = update_memory and self.options.detach_every is None and self.takes_fused and banks.can_pass_over()
         for segments in cut(queries, tokens, length):
             local.append(self._local(segments))
+            if fuses and segments.queries.shape[3] == length:
+                recalls.append(Recall(banks.pass_over(segments), None))
+                contents.append(banks.has_content().expand(-1, recalls[-1].values.shape[2]))
+                closed += segments.queries.shape[2]
+                continue
             for segment in self.kernel.split(segments):
                 banks.open(segment)
                 recalls.append(self.recall(banks))

@@ -1,6 +1,6 @@
-"""`python -m bench [--quick] [name ...]`: run the named measurements, all without a name, and tell them in docs/benchmarks.md.
+"""`python -m bench [--quick] [--device=cpu] [name ...]`: run the named measurements, all without a name, into docs/benchmarks.md.
 
-With --quick sizes are tiny and nothing is written: it shows whether everything runs.
+With --quick sizes are tiny and nothing is written: it shows whether everything runs. The device is the GPU where there is one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from bench.measure import NotWrittenError, machine, write
+import torch
+
+from bench import measure
+from bench.measure import Found, NotWrittenError, describe_load, is_busy, machine, write
 
 # From the shortest; a title, and where the bench stands.
 BENCHES = {
@@ -20,6 +23,7 @@ BENCHES = {
     "training": "Training tokens per second beside other trainers",
     "infini": "Infini-attention beside infini-transformer-pytorch",
     "memory_layers": "Cost per token of the memory layers",
+    "fused_delta": "The token delta rule beside flash-linear-attention",
     "fixed_points": "Sweeps beside torchdeq's solver",
     "generation": "Generation from the state",
     "session": "A session over a million tokens",
@@ -36,20 +40,23 @@ MARK = "<!-- {name} -->"
 
 def main() -> None:
     """Run what was named."""
-    quick = "--quick" in sys.argv
-    names = [name for name in sys.argv[1:] if name != "--quick"] or list(BENCHES)
-    unknown = [name for name in names if name not in BENCHES]
-    if unknown:
-        print(f"bench: {', '.join(unknown)} does not exist. Allowed: {', '.join(sorted(BENCHES))}.", file=sys.stderr)
-        raise SystemExit(2)
+    names, device, quick = _asked(sys.argv[1:])
+    measure.DEVICE = device
     refused = False
     for name in names:
-        print(f"== {name}", flush=True)
         about, started = machine(), time.monotonic()
+        print(f"== {name} ({describe_load(about)})", flush=True)
+        if is_busy(about):
+            print(f"{name}: the machine is busy. Rounds that spread too far will not be written.", file=sys.stderr)
         try:
-            found = importlib.import_module(f"bench.{name}").run(quick)
+            found: Found = importlib.import_module(f"bench.{name}").run(quick)
         except NotWrittenError as problem:
-            print(problem, file=sys.stderr)
+            print(f"{problem} Before it began {describe_load(about)}.", file=sys.stderr)
+            refused = True
+            continue
+        except torch.OutOfMemoryError as problem:
+            fitted = "; ".join(measure.fitted) or "none of this bench's sizes"
+            print(f"{name}: out of memory ({problem}). Allowed: what fits, so far {fitted}.", file=sys.stderr)
             refused = True
             continue
         print(f"== {name}: {time.monotonic() - started:.0f} s", flush=True)
@@ -61,6 +68,29 @@ def main() -> None:
         text = f"## {BENCHES[name]}\n\n`python -m bench {name}`\n\n{found.text}\n\nMeasured on: {where}.\n"
         _put(name, text)
     raise SystemExit(int(refused))
+
+
+def _asked(arguments: list[str]) -> tuple[list[str], str, bool]:
+    """The names, the device, and whether sizes are to be tiny; ends with code 2 at what there is not."""
+    names = [argument for argument in arguments if not argument.startswith("--")]
+    devices = [argument.removeprefix("--device=") for argument in arguments if argument.startswith("--device=")]
+    options = {argument for argument in arguments if argument.startswith("--")} - {f"--device={d}" for d in devices}
+    problems = [
+        *_unknown("bench:", sorted(set(names) - set(BENCHES)), sorted(BENCHES)),
+        *_unknown("bench --device:", sorted(set(devices) - set(measure.DEVICES)), sorted(measure.DEVICES)),
+        *_unknown("bench:", sorted(options - {"--quick"}), ["--device=<device>", "--quick"]),
+    ]
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+        raise SystemExit(2)
+    return names or list(BENCHES), (devices or [measure.DEVICE])[-1], "--quick" in options
+
+
+def _unknown(where: str, given: list[str], allowed: list[str]) -> list[str]:
+    """A sentence about what does not exist here, none where all does."""
+    if not given:
+        return []
+    return [f"{where} {', '.join(given)} does not exist here. Allowed: {', '.join(allowed)}. Choose among these."]
 
 
 def _put(name: str, section: str) -> None:

@@ -93,7 +93,8 @@ def run(quick: bool) -> Found:
         _draw(ratios)
     head = ["B", "T", "plain", "LCT K=1", "K=2", "K=4", "sequential", "sequential / K=1", "plain / K=1"]
     told = (
-        "Infini stack of nano size, fp32, eager; gradients, clipping and AdamW included. The sequential reference steps with cached "
+        "Infini stack of nano size, fp32, eager; gradients, clipping and AdamW included, for LCT also fetching the states of the last "
+        "visit from a cache in RAM (bf16) and putting back the new ones. The sequential reference steps with cached "
         "keys and values, which it appends to for every token."
     )
     if left_out:

@@ -13,12 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 RESULTS = Path(__file__).parent / "results"
 # Relative spread of a row's rounds above which its ratios are not worth writing down.
 MAX_SPREAD = 0.35
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Share of all cores that other programs take, above which a measurement begins with a warning.
+MAX_BUSY = 0.15
+DEVICES = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+DEVICE = DEVICES[0]  # set by `--device` before the benches are imported
 
 
 class NotWrittenError(Exception):
@@ -114,18 +118,36 @@ def paired_ratio(above: Row, below: Row) -> float:
     return statistics.median(a / b for a, b in zip(above.seconds, below.seconds, strict=True))
 
 
+fitted: list[str] = []
+"""What was measured so far in this process: it fitted the memory."""
+
+
 def require_quiet(rows: Sequence[Row], about: str) -> None:
     """Raise where the rounds of any row differ too much.
 
+    Args:
+        rows: of one table.
+        about: the bench and the size, in words.
     Raises:
         NotWrittenError: they do.
     """
+    fitted.append(about)
     loud = [f"{row.name} {row.spread:.0%}" for row in rows if row.spread > MAX_SPREAD]
     if loud:
         raise NotWrittenError(
             f"{about}: rounds spread by {', '.join(loud)} (load {os.getloadavg()[0]:.2f} on {os.cpu_count()} cores). "
             f"Allowed: at most {MAX_SPREAD:.0%}. Nothing was written; measure on a quiet machine."
         )
+
+
+def describe_load(about: dict[str, object]) -> str:
+    """Return how busy the machine was before a bench began, as `machine` tells it."""
+    return f"other programs took {about['busy_before']:.0%} of {about['cores']} cores, load {about['load_before']}"
+
+
+def is_busy(about: dict[str, object]) -> bool:
+    """Return whether other programs took too much of the machine before a bench began."""
+    return float(str(about["busy_before"])) > MAX_BUSY
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -142,6 +164,8 @@ def machine() -> dict[str, object]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        # The load is a mean over the last minute, the bench before this one included: the share tells of others alone.
+        "busy_before": round(psutil.cpu_percent(interval=1) / 100, 2),
         "load_before": round(os.getloadavg()[0], 2),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,23 @@ VOCABULARY = 4096
 BASE = {"T": 256, "B": 4, "D": 128, "K": 1}
 VALUES = {"T": [64, 128, 256, 512, 1024, 2048], "B": [1, 2, 4, 8, 16], "D": [64, 128, 256, 512], "K": [1, 2, 4, 8]}
 CACHED = [64, 256, 1024, 4096, 16384]
-MODELS = ["pythia", "infini"]
+# (model, keys): as conf/ has them, and the stack whose state stops growing.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pythia": ("pythia", {}),
+    "infini": ("infini", {}),
+    "every layer infini": ("infini", {"stack": ["infini"] * 4}),
+}
 PICTURE = Path(__file__).parent.parent / "docs" / "bench_scaling.png"
+
+HEAD = ["axis", "model", "value: duration, peak memory", "exponent of duration", "of memory"]
 
 Points = dict[str, dict[int, tuple[float, int]]]
 
 
-def training_call(model_name: str, sizes: dict[str, int]) -> Callable[[], object]:
+def training_call(name: str, sizes: dict[str, int]) -> Callable[[], object]:
     """Return a training step: plain, or with K sweeps of Lagged Cache Training where K is what varies."""
-    keys = {"dim": sizes["D"], "mlp_dim": 4 * sizes["D"]}
+    model_name, own = MODELS[name]
+    keys = {**own, "dim": sizes["D"], "mlp_dim": 4 * sizes["D"]}
     is_lagged = "lagged" in sizes
     feedback = "additive" if is_lagged else "none"
     model = create_model(model_name, vocab_size=VOCABULARY, seed=0, feedback=feedback, **keys).to(DEVICE)
@@ -33,9 +42,10 @@ def training_call(model_name: str, sizes: dict[str, int]) -> Callable[[], object
     return bare_step(model, loss)
 
 
-def generating_call(model_name: str, num_read: int) -> Callable[[], object]:
+def generating_call(name: str, num_read: int) -> Callable[[], object]:
     """Return one more token after `num_read` of them."""
-    model = create_model(model_name, vocab_size=VOCABULARY, seed=0).to(DEVICE).eval()
+    model_name, own = MODELS[name]
+    model = create_model(model_name, vocab_size=VOCABULARY, seed=0, **own).to(DEVICE).eval()
     with torch.no_grad():
         state = model.initial_state(1)
         for ids in random_ids(1, num_read, VOCABULARY)[0].split(1024, dim=1):
@@ -74,6 +84,14 @@ def sweep_over(axis: str, quick: bool) -> tuple[Points, dict[str, Any]]:
     return points, figures
 
 
+def last_slopes(by_value: dict[int, tuple[float, int]]) -> tuple[float, float]:
+    """Return the exponents with which duration and bytes grow from the last value but one to the last: 1 is proportional."""
+    (before, low), (last, high) = list(by_value.items())[-2:]
+    return tuple(
+        math.log(max(b, 1e-9) / max(a, 1e-9)) / math.log(last / before) for a, b in zip(low, high, strict=True)
+    )  # type: ignore[return-value]
+
+
 def run(quick: bool) -> Found:
     """Measure along every axis."""
     found = {axis: sweep_over(axis, quick) for axis in [*VALUES, "cached tokens"]}
@@ -81,18 +99,20 @@ def run(quick: bool) -> Found:
     for axis, (points, _) in found.items():
         for name, by_value in points.items():
             cells = [f"{v}: {1000 * s:.1f} ms, {b / 2**20:.1f} MiB" for v, (s, b) in by_value.items()]
-            lines.append([axis, name, "; ".join(cells)])
+            lines.append([axis, name, "; ".join(cells), *(f"{slope:.2f}" for slope in last_slopes(by_value))])
     if not quick:
         _draw({axis: points for axis, (points, _) in found.items()})
     told = (
         f"Nano size but for what varies; otherwise T {BASE['T']}, B {BASE['B']}, D {BASE['D']}; K: sweeps of Lagged Cache Training. "
         "Duration of a training step (of one more token, for cached tokens) and the most bytes of tensors it holds beyond those "
-        "before it. Expected: linear in B, T and K where attention's square is small, between linear and square in D, flat in "
-        "cached tokens for memory layers and linear for attention. Small steps leave the line from above: a fixed number of calls.\n\n"
+        "before it; the exponents with which both grow from the last value but one to the last (1: proportional, 0: flat). Expected: 1 in "
+        "B, T and K, to 2 in T where attention's square takes over; 1 to 2 in D, whose products grow with its square and whose other "
+        "work grows with itself; in cached tokens 0 where every layer is a memory layer, and up to 1 where softmax layers read all keys "
+        "(`infini` has three of them above one memory layer). Small steps leave the line from above: a fixed number of calls.\n\n"
         "![Cost over T, B, D, K and cached tokens](bench_scaling.png)"
     )
     figures = {axis: figures for axis, (_, figures) in found.items()}
-    return Found(f"{table(['axis', 'model', 'value: duration, peak memory'], lines)}\n\n{told}", figures)
+    return Found(f"{table(HEAD, lines)}\n\n{told}", figures)
 
 
 def _draw(found: dict[str, Points]) -> None:

@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.measure import Found, table
+from bench.measure import Found, Row, require_quiet, table
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,6 +50,8 @@ def run(quick: bool) -> Found:
     lines, figures = [], {}
     for name, (call, goal) in told.items():
         first, *seconds = [call() for _ in range(rounds + (not quick))] if not quick else [0.0, call()]
+        if not quick:
+            require_quiet([Row(name, seconds, first)], "startup")
         figures[name] = {"first_seconds": first, "seconds": seconds, "goal_seconds": goal}
         lines.append([f"`{name}`", f"{statistics.median(seconds):.1f} s", f"< {goal} s"])
         print(*lines[-1], sep=" | ", flush=True)

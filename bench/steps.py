@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from newllm.losses.next_token import NextTokenConfig, NextTokenLoss
 from newllm.models.base import LanguageModel
 from newllm.recurrence import solve
 from newllm.trainers.lag import sweep_map
+from newllm.trainers.lagged_cache import LaggedCache
 
 CLIP = 1.0  # as conf/trainer has it
+CACHED_BATCHES = 16  # of samples whose states are kept: more than a processor's own caches hold
 
 
 def bare_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
@@ -37,12 +40,18 @@ def parallel_loss(model: LanguageModel, inputs: Tensor, labels: Tensor) -> Calla
 
 
 def lagged_loss(model: LanguageModel, inputs: Tensor, labels: Tensor, *, sweeps: int) -> Callable[[], Tensor]:
-    """Return the loss of K differentiated sweeps from given states of a model with feedback."""
+    """Return the loss of K differentiated sweeps from cached states, fetched before and put back after them, as trainer=lct does."""
     loss = NextTokenLoss(NextTokenConfig(kind="next_token"))
-    cached = torch.randn(*inputs.shape, model.dim, device=inputs.device)
+    batch_size, length = inputs.shape
+    cache = LaggedCache(CACHED_BATCHES * batch_size, length, model.dim, dtype="bf16")
+    batches = cycle(torch.randperm(CACHED_BATCHES * batch_size).split(batch_size))
 
     def call() -> Tensor:
-        return loss(model, solve(sweep_map(model, inputs), cached, sweeps=sweeps, differentiate=sweeps).states, labels)
+        sample_ids = next(batches)
+        start = cache.gather(sample_ids, device=inputs.device, dtype=torch.float32)
+        states = solve(sweep_map(model, inputs), start, sweeps=sweeps, differentiate=sweeps).states
+        cache.scatter(sample_ids, states)
+        return loss(model, states, labels)
 
     return call
 

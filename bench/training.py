@@ -14,7 +14,9 @@ from bench.measure import DEVICE, Found, paired_ratio, require_quiet, table, tak
 from bench.paused import Paused
 from bench.peers import import_peer, missing, problem_with, version_of
 from bench.steps import CLIP, bare_step, parallel_loss, random_ids
+from newllm.callbacks.peak import peak_flops
 from newllm.config.compose import compose_model
+from newllm.hardware import compile_layers
 from newllm.models.create import create_model
 
 PEERS = ["transformers", "litgpt"]
@@ -37,7 +39,11 @@ SHAPES = [
     Shape("small", 4096, 8, 128, 2, 7),
     Shape("pythia_70m", 50304, 2, 256, 1, 4),
 ]
+# A GPU is filled by longer blocks, and everybody is at their best: bf16, compiled.
+CUDA_SHAPES = [Shape("pythia_70m", 50304, 16, 2048, 4, 7)]
 QUICK = [Shape("nano", 256, 2, 16, 1, 2)]
+IS_FAST = DEVICE == "cuda"
+PRECISION = "bf16-mixed" if IS_FAST else "32-true"
 
 
 def repeated(step: Callable[[], object], times: int) -> Callable[[], None]:
@@ -46,6 +52,16 @@ def repeated(step: Callable[[], object], times: int) -> Callable[[], None]:
     def call() -> None:
         for _ in range(times):
             step()
+
+    return call
+
+
+def mixed(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return the loss computed in the precision that the device is measured in."""
+
+    def call() -> Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=IS_FAST):
+            return loss()
 
     return call
 
@@ -106,6 +122,8 @@ def huggingface_trainer(shape: Shape, ids: Tensor, folder: str) -> Callable[[], 
             report_to=[],
             disable_tqdm=True,
             use_cpu=DEVICE == "cpu",
+            bf16=IS_FAST,
+            torch_compile=IS_FAST,
         )
         Trainer(huggingface(shape), arguments, train_dataset=OneBlock(ids[0]), callbacks=[Turns()]).train()
 
@@ -127,23 +145,40 @@ def litgpt(shape: Shape, inputs: Tensor, labels: Tensor) -> Callable[[], object]
     )
     model = model_module.GPT(config).to(DEVICE).train()
     model.max_seq_length = shape.length
-    return bare_step(model, lambda: utils.chunked_cross_entropy(model(inputs), labels))
+    run: Any = torch.compile(model) if IS_FAST else model
+    return bare_step(model, mixed(lambda: utils.chunked_cross_entropy(run(inputs), labels)))
 
 
 def alternatives(shape: Shape, folder: str) -> dict[str, Callable[[], object]]:
     """Return everything that can be measured here at a shape."""
     inputs, labels = random_ids(shape.batch_size, shape.length, shape.vocab_size)
     own = create_model("pythia", size=shape.size, vocab_size=shape.vocab_size, seed=0).to(DEVICE).train()
-    found = {"ours": repeated(bare_step(own, parallel_loss(own, inputs, labels)), shape.steps)}
+    if IS_FAST:
+        compile_layers(own)
+    found = {"ours": repeated(bare_step(own, mixed(parallel_loss(own, inputs, labels))), shape.steps)}
     if problem_with("transformers") is None:
         theirs = huggingface(shape)
         # It shifts labels itself: one target less in a row than ours.
-        loop = bare_step(theirs, lambda: theirs(input_ids=inputs, labels=inputs).loss)
+        loop = bare_step(theirs, mixed(lambda: theirs(input_ids=inputs, labels=inputs).loss))
         found["HF loop"] = repeated(loop, shape.steps)
+        if IS_FAST:
+            run: Any = torch.compile(theirs)
+            compiled = bare_step(theirs, mixed(lambda: run(input_ids=inputs, labels=inputs).loss))
+            found["HF loop, compiled"] = repeated(compiled, shape.steps)
         found["HF Trainer"] = huggingface_trainer(shape, inputs, folder)
     if problem_with("litgpt") is None:
         found["litgpt"] = repeated(litgpt(shape, inputs, labels), shape.steps)
     return found
+
+
+def share_of_peak(shape: Shape, tokens_per_second: float) -> str:
+    """Return the share of the device's peak that is spent on the model's own products; nothing where the peak is not known."""
+    peak = peak_flops(torch.cuda.get_device_name() if IS_FAST else "cpu", PRECISION)
+    if peak is None:
+        return ""
+    with torch.device("meta"):
+        model = create_model("pythia", size=shape.size, vocab_size=shape.vocab_size)
+    return f"{tokens_per_second * model.training_flops_per_token(shape.length) / peak:.1%}"
 
 
 def run(quick: bool) -> Found:
@@ -151,7 +186,7 @@ def run(quick: bool) -> Found:
     if problem_with("transformers") is None:
         import_peer("accelerate")  # Trainer needs it, and transformers looks for it once, when it is imported
     lines, figures = [], {}
-    for shape in QUICK if quick else SHAPES:
+    for shape in QUICK if quick else CUDA_SHAPES if IS_FAST else SHAPES:
         with tempfile.TemporaryDirectory() as folder:
             rows = take_turns(alternatives(shape, folder), rounds=shape.rounds)
         if not quick:
@@ -161,10 +196,20 @@ def run(quick: bool) -> Found:
             ratio = paired_ratio(row, rows[0])
             speed, warmup = f"{tokens / row.median:,.0f}", f"{row.warmup_seconds:.1f} s"
             where = f"{shape.size}, V {shape.vocab_size}, B {shape.batch_size}, T {shape.length}"
-            lines.append([where, row.name, speed, f"{ratio:.2f}", f"{row.spread:.0%}", warmup])
+            lines.append(
+                [
+                    where,
+                    row.name,
+                    speed,
+                    f"{ratio:.2f}",
+                    share_of_peak(shape, tokens / row.median),
+                    f"{row.spread:.0%}",
+                    warmup,
+                ]
+            )
             print(*lines[-1], sep=" | ", flush=True)
         figures[shape.size] = {row.name: row.figures() | {"tokens_per_call": tokens} for row in rows}
-    head = ["shape", "", "tokens/s", "time / ours", "spread", "warm-up"]
+    head = ["shape", "", "tokens/s", "time / ours", "MFU", "spread", "warm-up"]
     versions = ", ".join(f"{name} {version_of(name)}" for name in PEERS if problem_with(name) is None)
-    told = f"fp32, eager, fused AdamW, gradient norm clipped, median of the rounds. {versions}."
+    told = f"{'bf16, compiled' if IS_FAST else 'fp32, eager'}, fused AdamW, gradient norm clipped, median of the rounds. {versions}."
     return Found(f"{table(head, lines)}\n\n{told}{missing(PEERS)}", figures)

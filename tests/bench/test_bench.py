@@ -1,0 +1,115 @@
+"""A measurement that cannot be trusted, or cannot be made, is not written."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import measure
+from bench.measure import Found, NotWrittenError, Row, describe_load, paired_ratio, require_quiet, take_turns
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the benches whose figures were written."""
+    names: list[str] = []
+    monkeypatch.setattr(command, "write", lambda name, about, figures: names.append(name))
+    monkeypatch.setattr(command, "_put", lambda name, section: names.append(f"{name} in docs"))
+    monkeypatch.setattr(measure, "DEVICE", measure.DEVICE)
+    monkeypatch.setattr(measure, "fitted", [])
+    return names
+
+
+def bench(monkeypatch: pytest.MonkeyPatch, run: Any, *arguments: str) -> int:
+    """Exit code of the command when the bench of start-up does what `run` does."""
+    monkeypatch.setattr(command.sys, "argv", ["bench", "startup", *arguments])
+    monkeypatch.setattr(command.importlib, "import_module", lambda name: type("Bench", (), {"run": staticmethod(run)}))
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    return int(ended.value.code or 0)
+
+
+def test_alternatives_take_turns_and_warm_up_apart() -> None:
+    order: list[str] = []
+
+    rows = take_turns({name: lambda n=name: order.append(n) for name in "ab"}, rounds=3, min_seconds=0, warmups=2)
+
+    assert order == ["a", "a", "b", "b", *["a", "b"] * 3]
+    assert [len(row.seconds) for row in rows] == [3, 3]
+
+
+def test_ratio_is_the_median_of_the_rounds_own_ratios() -> None:
+    assert paired_ratio(Row("slow", [2.0, 30.0, 4.0], 0), Row("fast", [1.0, 10.0, 1.0], 0)) == 3.0
+
+
+def test_rounds_that_spread_too_far_are_refused_with_figures() -> None:
+    require_quiet([Row("steady", [1.0, 1.1, 0.9, 1.0], 0)], "sizes")
+
+    with pytest.raises(
+        NotWrittenError, match=r"sizes: rounds spread by loud \d+% .*Allowed: at most 35%\. Nothing was"
+    ):
+        require_quiet([Row("steady", [1.0, 1.1, 0.9, 1.0], 0), Row("loud", [1.0, 3.0, 0.5, 2.0], 0)], "sizes")
+
+
+def test_what_is_measured_is_written(monkeypatch: pytest.MonkeyPatch, written: list[str]) -> None:
+    assert bench(monkeypatch, lambda quick: Found("text", {})) == 0
+    assert written == ["startup", "startup in docs"]
+
+
+def test_a_refused_measurement_is_not_written_and_the_load_before_is_told(
+    monkeypatch: pytest.MonkeyPatch, written: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def loud(quick: bool) -> Found:
+        raise NotWrittenError("rounds spread.")
+
+    about = {**measure.machine(), "busy_before": 0.8, "load_before": 3.0, "cores": 2}
+    monkeypatch.setattr(command, "machine", lambda: about)
+
+    assert bench(monkeypatch, loud) == 1
+
+    said = capsys.readouterr().err
+    assert "startup: the machine is busy." in said
+    assert "rounds spread. Before it began other programs took 80% of 2 cores, load 3.0." in said
+    assert written == []
+
+
+def test_out_of_memory_names_the_sizes_that_fitted(
+    monkeypatch: pytest.MonkeyPatch, written: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(quick: bool) -> Found:
+        require_quiet([Row("ours", [1.0, 1.0], 0)], "training, nano")
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+    assert bench(monkeypatch, too_large) == 1
+
+    said = capsys.readouterr().err
+    assert "startup: out of memory (tried to allocate 9 GiB). Allowed: what fits, so far training, nano." in said
+    assert written == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("trainning", "bench: trainning does not exist here. Allowed: chunked_loss, "),
+        ("--device=tpu", "bench --device: tpu does not exist here. Allowed: "),
+        ("--fast", "bench: --fast does not exist here. Allowed: --device=<device>, --quick."),
+    ],
+)
+def test_what_does_not_exist_is_refused_with_what_does(
+    argument: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.sys, "argv", ["bench", argument])
+
+    with pytest.raises(SystemExit) as refused:
+        command.main()
+
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_load_is_told_in_words() -> None:
+    told = describe_load(measure.machine())
+
+    assert told.startswith("other programs took ")
+    assert f" of {measure.machine()['cores']} cores, load " in told

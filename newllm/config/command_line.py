@@ -19,7 +19,7 @@ from newllm.config.overrides import parse, quoted, readable
 from newllm.config.problems import ConfigError, listed
 from newllm.config.run_folder import can_resume, differences, latest_unfinished, not_writable, overrides_of
 from newllm.config.schema import EvaluateConfig, TrainConfig
-from newllm.config.sweeps import examine_jobs, is_sweep, missing_extras
+from newllm.config.sweeps import examine_jobs, for_the_jobs, is_sweep, missing_extras
 from newllm.config.typed import build
 
 
@@ -161,7 +161,7 @@ def _checked_sweep(overrides: list[str], root: str) -> list[str]:
     problems += not_writable("output_dir", _output_dir(overrides))
     if problems:
         raise ConfigError(problems)
-    return readable(overrides, root)
+    return for_the_jobs(readable(overrides, root), root)
 
 
 def _continued_or_new(overrides: list[str]) -> list[str]:

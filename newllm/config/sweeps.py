@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from newllm.config.compose import examine
 from newllm.config.library import hydra_setting, options
-from newllm.config.overrides import parse
+from newllm.config.overrides import judge, parse, quoted
 
 MAX_COMBINATIONS = 200
 """Jobs that are checked one by one; of a larger sweep every value is checked, but not every combination."""
@@ -56,6 +56,21 @@ def examine_jobs(overrides: list[str], root: str) -> list[str]:
             found.setdefault(problem, []).append(job)
     varying = {text for texts in choices.values() if len(texts) > 1 for text in texts}
     return [_where(problem, concerned, len(jobs), varying) for problem, concerned in found.items()]
+
+
+def for_the_jobs(overrides: list[str], root: str) -> list[str]:
+    """Return the overrides of a sweep as Hydra takes them: a key that only swept options bring is set in the jobs alone.
+
+    Hydra composes the command line once without what varies before it makes the jobs, and knows no such key there.
+    """
+    plain = [text for text in overrides if not parse(text).is_sweep_override()]
+    known = judge(plain, root).good
+    unknown = [text for text in plain if text not in known]
+    if not unknown:
+        return overrides
+    keys = (text.partition("=") for text in unknown)
+    parameters = ",".join(f"{key}:{quoted(value)}" for key, _, value in keys)
+    return [*(text for text in overrides if text not in unknown), f"++hydra.sweeper.params={{{parameters}}}"]
 
 
 def _has_plugin(name: str) -> bool:

@@ -105,3 +105,19 @@ def test_a_launcher_that_is_not_installed_names_its_extra(
 )
 def test_a_sweep_is_known_by_its_command_line(arguments: list[str], folder: Path | None) -> None:
     assert sweep_output(arguments, root="train") == folder
+
+
+def test_keys_that_only_swept_options_bring_are_left_to_the_jobs() -> None:
+    arguments = ["-m", "sweep=reversal", "data.reverse=true", "seed=0,1", "data.num_people=20"]
+
+    found = check_command_line(arguments, root="train")
+
+    assert found[:-1] == ["--multirun", "sweep=reversal", "seed=0,1"]
+    assert found[-1] == "++hydra.sweeper.params={data.reverse:'true',data.num_people:'20'}"
+    assert examine_jobs(found[1:], "train") == []
+
+
+def test_keys_that_every_configuration_has_stay_where_they_are() -> None:
+    arguments = ["--multirun", "model=pythia,infini", "optimizer.lr=1e-3", "seed=0"]
+
+    assert check_command_line(arguments, root="train") == arguments

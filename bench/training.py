@@ -16,7 +16,6 @@ from bench.peers import import_peer, missing, problem_with, version_of
 from bench.steps import CLIP, bare_step, parallel_loss, random_ids
 from newllm.callbacks.peak import peak_flops
 from newllm.config.compose import compose_model
-from newllm.hardware import compile_layers
 from newllm.models.create import create_model
 
 PEERS = ["transformers", "litgpt"]
@@ -154,6 +153,8 @@ def alternatives(shape: Shape, folder: str) -> dict[str, Callable[[], object]]:
     inputs, labels = random_ids(shape.batch_size, shape.length, shape.vocab_size)
     own = create_model("pythia", size=shape.size, vocab_size=shape.vocab_size, seed=0).to(DEVICE).train()
     if IS_FAST:
+        from newllm.hardware import compile_layers  # imports transformers, which must see accelerate then
+
         compile_layers(own)
     found = {"ours": repeated(bare_step(own, mixed(parallel_loss(own, inputs, labels))), shape.steps)}
     if problem_with("transformers") is None:

@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -93,7 +93,7 @@ def joined(config: TrainConfig, folder: Path, overrides: Sequence[str]) -> Itera
     """Join the processes of the run for the block, and yield the folder of rank 0: the run's only one.
 
     Raises:
-        ValueError: another number of processes was started than the configuration says.
+        ValueError: another number of processes was started than the configuration says, or they cannot meet.
         SystemExit: 2 where the ranks were given different configurations; rank 0 tells the difference.
     """
     place = place_of(config.runtime, os.environ)
@@ -161,7 +161,14 @@ def _join(place: Place, runtime: RuntimeConfig) -> None:
     # What is logged has been summed over the ranks; the buffers' option has no other name in all versions of torch.
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*")
-    torch.distributed.init_process_group(backend, rank=place.rank, world_size=place.world_size)
+    try:
+        torch.distributed.init_process_group(backend, rank=place.rank, world_size=place.world_size)
+    except torch.distributed.DistError as error:
+        where = ", ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise ValueError(
+            f"{where}: rank {place.rank} cannot meet the others there ({str(error).strip().splitlines()[0]}). Allowed: the "
+            "machine of rank 0 and a port that no other program uses. Name another port, or start again."
+        ) from error
 
 
 def _be_quiet() -> None:
@@ -209,11 +216,14 @@ class _Others:
         """End those that would wait for this process."""
         self._is_over = True
         deadline = time.monotonic() + 1
-        for process in self._processes:
+        for number, process in enumerate(self._processes, start=1):
             try:
-                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+                code = process.wait(timeout=max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
+                continue
+            if code < 0:  # it had no time to say anything, and torch tells of a lost connection
+                _tell_end(number, code)
 
     def _watch(self, number: int, process: subprocess.Popen[str]) -> None:
         code = process.wait()
@@ -224,11 +234,15 @@ class _Others:
             if self._is_over:
                 return
             time.sleep(0.1)
-        print(
-            f"rank {number} ended with exit code {code}: the run cannot go on without it", file=sys.stderr, flush=True
-        )
+        _tell_end(number, code)
         # The main thread may wait inside a collective operation, where no exception reaches it.
         os._exit(code if code in (2, 143) else 1)
+
+
+def _tell_end(number: int, code: int) -> None:
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    with suppress(OSError):  # nobody reads any more: no reason to stay
+        os.write(2, f"rank {number} {how}: the run cannot go on without it\n".encode())
 
 
 def _start_others(config: TrainConfig, folder: Path, overrides: Sequence[str]) -> _Others:

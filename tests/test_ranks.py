@@ -4,16 +4,18 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from newllm.config.compose import ConfigError, compose
 from newllm.config.schema import RuntimeConfig
 from newllm.hardware import warn_of_loss
-from newllm.launch import Place, place_of
+from newllm.launch import Place, joined, place_of
 from newllm.run_record import read_metrics, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,6 +152,67 @@ def test_ranks_that_disagree_are_refused_with_the_difference(tmp_path: Path):
     assert [process.returncode for process in ranks] == [2, 2], said
     assert "trainer.max_steps=9: rank 1 was given it, rank 0 has 8. Allowed: one configuration" in said[0]
     assert not (tmp_path / "train").exists()
+
+
+@pytest.mark.parametrize("port_is_told", [True, False])
+def test_a_port_in_use_is_refused_with_its_number(port_is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        if port_is_told:  # as torchrun does
+            told = {**TORCHRUN, "RANK": "0", "GROUP_RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+            for name, value in {**told, "MASTER_PORT": str(port)}.items():
+                monkeypatch.setenv(name, value)
+        else:
+            monkeypatch.setattr("newllm.launch.find_free_network_port", lambda: port)
+        before = dict(os.environ)
+
+        with (
+            pytest.raises(ValueError, match=rf"MASTER_PORT={port}: rank 0 cannot meet the others there \(.*EADDRINUSE"),
+            joined(compose(["runtime=ddp_cpu"]), tmp_path / "run", []),
+        ):
+            pass
+
+    assert dict(os.environ) == before
+    assert not torch.distributed.is_initialized()
+
+
+def endless(folder: Path) -> tuple[subprocess.Popen[str], psutil.Process, Path]:
+    """Return rank 0 and rank 1 of a run that does not end by itself, and its folder, once it has a checkpoint."""
+    steps = ["trainer.max_steps=100000", "trainer.validate_every_steps=100000", "schedule=constant"]
+    first = start(folder, *PROCEDURES["standard"], "runtime=ddp_cpu", *steps, cache=folder / "cache")
+    while not (saved := list(folder.glob("train/*/checkpoints/last.ckpt"))):
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.1)
+    (other,) = psutil.Process(first.pid).children()
+    return first, other, saved[0].parents[1]
+
+
+@pytest.mark.slow
+def test_a_rank_does_not_outlive_the_first(tmp_path: Path):
+    first, other, _ = endless(tmp_path)
+
+    first.kill()
+    first.communicate(timeout=60)
+
+    other.wait(60)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_run_which_goes_on_later(tmp_path: Path):
+    first, other, folder = endless(tmp_path)
+
+    other.kill()
+    said = first.communicate(timeout=60)[1]
+    reached = checkpoint(folder)["global_step"]
+    go_on = [sys.executable, "train.py", f"resume={folder}", f"stop_at_step={reached + 2}"]
+    again = subprocess.run(go_on, cwd=ROOT, capture_output=True, text=True)
+
+    assert first.returncode == 1, said
+    assert "rank 1 was killed by SIGKILL: the run cannot go on without it" in said
+    assert again.returncode == 0, again.stderr
+    assert checkpoint(folder)["global_step"] >= reached + 2
 
 
 DEVICES_2: RuntimeConfig = compose(["runtime=ddp_cpu"]).runtime

@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# CI also runs the long tests; a developer asks for them with SLOW=1.
-MARKS := $(if $(or $(CI),$(SLOW)),not gpu and not timing,not slow and not gpu and not timing)
+# CI also runs the long tests, which need all extras; a developer asks for them with SLOW=1.
+LONG := $(or $(CI),$(SLOW))
+MARKS := $(if $(LONG),not gpu and not timing,not slow and not gpu and not timing)
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help setup demo test lint bench bench-setup clean
@@ -19,10 +20,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)/.extras: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,all]'
+	touch $@
+
 demo: setup ## train the main job on the embedded corpus (two minutes), then evaluate it
 	$(BIN)/python train.py experiment=first_run
 
-test: setup ## run the tests (SLOW=1 adds the long ones)
+test: setup $(if $(LONG),$(VENV)/.extras) ## run the tests (SLOW=1 adds the long ones)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q -m "$(MARKS)"
 
 lint: setup ## check format, lint, spelling and types

@@ -91,7 +91,7 @@ def test_out_of_memory_names_the_sizes_that_fitted(
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("trainning", "bench: trainning does not exist here. Allowed: chunked_loss, "),
+        ("speed_of_all", "bench: speed_of_all does not exist here. Allowed: chunked_loss, "),
         ("--device=tpu", "bench --device: tpu does not exist here. Allowed: "),
         ("--fast", "bench: --fast does not exist here. Allowed: --device=<device>, --quick."),
     ],

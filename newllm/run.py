@@ -17,18 +17,16 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAverag
 
 from newllm import ranks
 from newllm.callbacks.checkpoints import Checkpoints
-from newllm.callbacks.csv_table import CsvTable
 from newllm.callbacks.eager_validation import EagerValidation
 from newllm.callbacks.logger import Logger
+from newllm.callbacks.loggers import build_loggers
 from newllm.callbacks.probe import Probe
 from newllm.callbacks.profile import ProfileSteps
 from newllm.callbacks.progress import Progress
 from newllm.callbacks.samples import Samples
 from newllm.callbacks.stop import StopAtStep, StopOnSignal
 from newllm.callbacks.telemetry import Telemetry
-from newllm.callbacks.tensorboard import TensorBoard
 from newllm.callbacks.validate_at_end import ValidateAtEnd
-from newllm.callbacks.weights_and_biases import WeightsAndBiases
 from newllm.closing import closing_lines
 from newllm.config.command_line import refuse
 from newllm.config.run_folder import FIRST_PHASE, can_resume
@@ -313,7 +311,7 @@ def _preflight(prepared: Prepared) -> list[Verdict]:
 
 def _session(prepared: Prepared) -> Session:
     config, folder = prepared.config, prepared.folder
-    loggers = _loggers(config, folder)
+    loggers = build_loggers(config.logger, folder, plain(config))
     telemetry = Telemetry(
         folder,
         log_every_steps=config.trainer.log_every_steps,
@@ -333,17 +331,6 @@ def _session(prepared: Prepared) -> Session:
     )
     stop_at = None if config.stop_at_step is None else StopAtStep(config.stop_at_step)
     return Session(telemetry, monitor, checkpoints, StopOnSignal(), stop_at, loggers)
-
-
-def _loggers(config: TrainConfig, folder: Path) -> list[Logger]:
-    chosen: list[Logger] = []
-    if config.logger.tensorboard:
-        chosen.append(TensorBoard(folder / "tensorboard"))
-    if config.logger.csv:
-        chosen.append(CsvTable(folder / "metrics.csv"))
-    if config.logger.wandb:
-        chosen.append(WeightsAndBiases(folder, plain(config)))
-    return chosen
 
 
 def _callbacks(prepared: Prepared, session: Session) -> list[Callback]:

@@ -77,6 +77,7 @@ def draw_segments(corpora: Sequence[Corpus]) -> Figure:
                 tidy(axes, f"{corpus.name}: {title}")
                 axes.set_xlabel("segment of the text")
                 axes.set_ylabel("nats per token")
+                axes.tick_params(axis="x", labelrotation=30)  # names of many segments side by side
             for place, reader in enumerate(corpus.readers):
                 _draw_reader(panels, reader, corpus.reference, COLOURS[place % len(COLOURS)])
             panels[0].legend()

@@ -2,23 +2,22 @@
 whether the norm grows before a loss spikes.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from newllm.guards.detectors import SpikeDetector
-from newllm.report.collect import RunCurves, collect
+from newllm.report.collect import RunCurves
+from newllm.report.command import keep, parser_of, readable_runs, refuse, show
 from newllm.report.curves import points
 from newllm.report.groups import Group, group_runs
 from newllm.report.statistics import mean_and_deviation
-from newllm.report.style import COLOURS, FAINT, new_figure, save_png, styled, tidy
-from newllm.report.tables import NONE, Table, as_text, number, spread
+from newllm.report.style import COLOURS, FAINT, new_figure, styled, tidy
+from newllm.report.tables import NONE, Table, number, spread
 
 METRIC = "val/loss"
 LEAD_STEPS = 10  # optimizer steps before a spike in which a norm is looked at
@@ -187,25 +186,14 @@ def _excursions(found: Sequence[Excursion]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when the picture is written, 2 when there is nothing to draw."""
-    parser = argparse.ArgumentParser(prog="python -m newllm.report.contexts", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold them")
-    parser.add_argument("--output", type=Path, help="picture to write (contexts.png in the first folder)")
-    given = parser.parse_args(arguments)
-    runs, unreadable = collect(given.folders)
-    for item in unreadable:
-        print(f"not readable: {item.folder}: {item.reason}", file=sys.stderr)
+    given = parser_of("contexts", __doc__, picture="contexts.png").parse_args(arguments)
+    runs = readable_runs(given.folders)
     if not any(points(run.lines, "context/norm_mean")[0] for run in runs):
-        print(
-            f"report: none of {len(runs)} runs has logged context/norm_mean. Allowed: at least one run of a model with a "
-            "context. Train one, for instance with sweep=context_updates.",
-            file=sys.stderr,
-        )
-        return 2
+        allowed = "at least one run of a model with a context. Train one, for instance with sweep=context_updates."
+        return refuse(runs, "has logged context/norm_mean", allowed)
     groups = group_runs(runs, METRIC)
-    path = given.output or given.folders[0] / "contexts.png"
-    save_png(draw_contexts(groups), path)
-    table = norm_table(groups)
-    print(f"{as_text(table, width=240)}\n\n{table.note}\npicture: {path}")
+    show([norm_table(groups)])
+    keep(draw_contexts(groups), given)
     return 0
 
 

@@ -1,12 +1,9 @@
 """`python -m newllm.report.halting <folders>`: loss against mean steps per token of learned halting, beside fixed steps."""
 
-import argparse
 import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -14,11 +11,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from newllm.report.collect import RunCurves, collect
+from newllm.report.collect import RunCurves
+from newllm.report.command import keep, parser_of, readable_runs, refuse, show
 from newllm.report.groups import Group, group_runs
 from newllm.report.statistics import Difference, mean_and_deviation, paired_difference
-from newllm.report.style import COLOURS, INK, new_figure, save_png, styled, tidy
-from newllm.report.tables import NONE, Table, as_text, number, spread
+from newllm.report.style import COLOURS, INK, new_figure, styled, tidy
+from newllm.report.tables import NONE, Table, number, spread
 
 OWN = ("model.skip_interval", "model.halting", "model.halting_threshold", "loss", "evaluation")
 """Settings in which learned halting and its fixed steps may differ; all others are the same in runs that are compared."""
@@ -191,26 +189,14 @@ def _draw_line(axes: Axes, points: Sequence[Point], colour: str, label: str | No
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when table and picture are made, 2 when there is nothing to tell."""
-    parser = argparse.ArgumentParser(prog="python -m newllm.report.halting", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold them")
-    parser.add_argument("--output", type=Path, help="picture to write (halting.png in the first folder)")
-    given = parser.parse_args(arguments)
-    runs, unreadable = collect(given.folders)
-    for item in unreadable:
-        print(f"not readable: {item.folder}: {item.reason}", file=sys.stderr)
+    given = parser_of("halting", __doc__, picture="halting.png").parse_args(arguments)
+    runs = readable_runs(given.folders)
     frontiers = frontiers_of(runs)
     if not frontiers:
-        print(
-            f"report: none of {len(runs)} runs has finished with evaluation=[halting]. Allowed: at least one. "
-            "Wait, or measure: python evaluate.py run=<folder> evaluation=[halting].",
-            file=sys.stderr,
-        )
-        return 2
-    table = halting_table(frontiers)
-    print(f"{as_text(table, width=shutil.get_terminal_size((120, 24)).columns)}\n{table.note}")
-    path = given.output or given.folders[0] / "halting.png"
-    save_png(draw_halting(frontiers), path)
-    print(f"picture: {path}")
+        measure = "python evaluate.py run=<folder> evaluation=[halting]"
+        return refuse(runs, "has finished with evaluation=[halting]", f"at least one. Wait, or measure: {measure}.")
+    show([halting_table(frontiers)])
+    keep(draw_halting(frontiers), given)
     return 0
 
 

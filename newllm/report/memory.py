@@ -1,19 +1,16 @@
 """`python -m newllm.report.memory <folders>`: loss by segment of whole texts, with memory, without it and with another text's."""
 
-import argparse
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from math import exp
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from newllm.report.collect import collect
+from newllm.report.command import keep, parser_of, readable_runs, refuse, show
 from newllm.report.segments import Corpus, Reader, Segments, corpora_of
-from newllm.report.style import COLOURS, FAINT, new_figure, save_png, styled, tidy
-from newllm.report.tables import NONE, Table, as_text, number, spread
+from newllm.report.style import COLOURS, FAINT, new_figure, styled, tidy
+from newllm.report.tables import NONE, Table, number, spread
 
 STYLES = {"exact": "-", "memory_off": "--", "other_memory": ":"}
 WORDS = {"exact": "on", "memory_off": "off", "other_memory": "another text's"}
@@ -118,26 +115,14 @@ def _draw_differences(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when the picture is written, 2 when there is nothing to tell."""
-    parser = argparse.ArgumentParser(prog="python -m newllm.report.memory", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold them")
-    parser.add_argument("--output", type=Path, help="picture to write (memory_by_segment.png in the first folder)")
-    given = parser.parse_args(arguments)
-    runs, unreadable = collect(given.folders)
-    for item in unreadable:
-        print(f"not readable: {item.folder}: {item.reason}", file=sys.stderr)
+    given = parser_of("memory", __doc__, picture="memory_by_segment.png").parse_args(arguments)
+    runs = readable_runs(given.folders)
     corpora = corpora_of(runs)
     if not corpora:
-        print(
-            f"report: none of {len(runs)} runs has finished with evaluation=[memory]. Allowed: at least one. "
-            "Wait, or measure: python evaluate.py run=<folder> evaluation=[memory].",
-            file=sys.stderr,
-        )
-        return 2
-    for table in map(segment_table, corpora):
-        print(f"{table.title}\n{as_text(table, width=shutil.get_terminal_size((120, 24)).columns)}\n{table.note}\n")
-    path = given.output or given.folders[0] / "memory_by_segment.png"
-    save_png(draw_segments(corpora), path)
-    print(f"picture: {path}")
+        measure = "python evaluate.py run=<folder> evaluation=[memory]"
+        return refuse(runs, "has finished with evaluation=[memory]", f"at least one. Wait, or measure: {measure}.")
+    show(map(segment_table, corpora))
+    keep(draw_segments(corpora), given)
     return 0
 
 

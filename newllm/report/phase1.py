@@ -1,13 +1,12 @@
 """`python -m newllm.report.phase1 <folders>`: what phase 1 of CVFP came to and what phase 2 predicts from it, over seeds."""
 
-import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from newllm.report.collect import RunCurves, collect
+from newllm.report.collect import RunCurves
+from newllm.report.command import parser_of, readable_runs, refuse
 from newllm.report.groups import Group, group_runs
 from newllm.report.statistics import mean_and_deviation
 from newllm.report.tables import NONE, number, spread
@@ -103,20 +102,12 @@ def _iterations(runs: Sequence[RunCurves]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when the table is printed, 2 when there is nothing to tell."""
-    parser = argparse.ArgumentParser(prog="python -m newllm.report.phase1", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold them")
-    given = parser.parse_args(arguments)
-    runs, unreadable = collect(given.folders)
-    for item in unreadable:
-        print(f"not readable: {item.folder}: {item.reason}", file=sys.stderr)
+    given = parser_of("phase1", __doc__).parse_args(arguments)
+    runs = readable_runs(given.folders)
     groups = group_runs(runs, METRIC)
     if not any(has_phase1(run) for group in groups for run in group.by_seed.values()):
-        print(
-            f"report: none of {len(runs)} runs has finished a phase 1. Allowed: at least one finished run of trainer=cvfp, "
-            "cvfp_phase1 or cvfp_phase2. Train one, for instance with sweep=diversity.",
-            file=sys.stderr,
-        )
-        return 2
+        kinds = "at least one finished run of trainer=cvfp, cvfp_phase1 or cvfp_phase2"
+        return refuse(runs, "has finished a phase 1", f"{kinds}. Train one, for instance with sweep=diversity.")
     print(f"{table(groups)}\n\n{_note()}")
     return 0
 

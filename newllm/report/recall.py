@@ -1,20 +1,18 @@
 """`python -m newllm.report.recall <folders>`: accuracy of recall probes against state bytes, and by slice; tables and a picture."""
 
-import argparse
-import shutil
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from math import log2
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from newllm.report.collect import collect
+from newllm.report.command import keep, parser_of, readable_runs, refuse, show
 from newllm.report.probes import EQUAL_BYTES, METRIC, PAPER, READINGS, Memory, Probe, probes_of
 from newllm.report.statistics import interval, mean_and_deviation
-from newllm.report.style import COLOURS, FAINT, new_figure, save_png, styled, tidy
-from newllm.report.tables import NONE, Table, as_text, number
+from newllm.report.style import COLOURS, FAINT, new_figure, styled, tidy
+from newllm.report.tables import NONE, Table, number
 
 WORDS = {
     "accuracy": "accuracy",
@@ -22,6 +20,7 @@ WORDS = {
     "other_memory": "another's memory",
     "outdated_share": "old value",
 }
+MOST_TICKS = 8
 NOTE = (
     "Shares of targets, mean over seeds with the 95 % interval of resampled seeds. State bytes of one text after a row. Of several "
     "settings of one kind of memory at the same bytes, such as learning rates (tried), the one that is best on the seeds they share. "
@@ -124,12 +123,26 @@ def draw_state_vs_recall(probes: Sequence[Probe]) -> Figure:
                 )
             # A layer without a state takes no bytes: a logarithmic axis needs a linear beginning for it.
             axes.set_xscale("symlog", base=2, linthresh=1.0)
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.set_xticks(_apart(memory.state_bytes for memory in probe.memories))
+            axes.xaxis.set_major_formatter(EngFormatter(sep="", places=1))
+            axes.minorticks_off()
             axes.set_xlabel("state bytes per text after a row")
             axes.set_ylabel(f"{METRIC}, share of targets")
             axes.set_ylim(-0.02, 1.02)
             axes.legend()
         return figure
+
+
+def _apart(sizes: Iterable[float]) -> list[float]:
+    """The sizes that can be written side by side on the axis: all sizes of a few kernels may lie between two powers of two."""
+    known = sorted(set(sizes))
+    places = [1 + log2(size) if size > 1 else size for size in known]
+    least = (places[-1] - places[0]) / MOST_TICKS
+    kept: list[int] = []
+    for index, place in enumerate(places):
+        if not kept or place - places[kept[-1]] >= least:
+            kept.append(index)
+    return [known[index] for index in kept]
 
 
 def _draw_line(axes: Axes, name: str, memories: Sequence[Memory], colour: str) -> None:
@@ -147,25 +160,13 @@ def _draw_line(axes: Axes, name: str, memories: Sequence[Memory], colour: str) -
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when the picture is written, 2 when there is nothing to tell."""
-    parser = argparse.ArgumentParser(prog="python -m newllm.report.recall", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders of recall probes, or folders that hold them")
-    parser.add_argument("--output", type=Path, help="picture to write (state_vs_recall.png in the first folder)")
-    given = parser.parse_args(arguments)
-    runs, unreadable = collect(given.folders)
-    for item in unreadable:
-        print(f"not readable: {item.folder}: {item.reason}", file=sys.stderr)
+    given = parser_of("recall", __doc__, picture="state_vs_recall.png").parse_args(arguments)
+    runs = readable_runs(given.folders)
     probes = probes_of(runs)
     if not probes:
-        print(
-            f"report: none of {len(runs)} runs has finished with {METRIC}. Allowed: at least one. Wait or train again.",
-            file=sys.stderr,
-        )
-        return 2
-    for table in (table for probe in probes for table in (recall_table(probe), *slice_tables(probe))):
-        print(f"{table.title}\n{as_text(table, width=shutil.get_terminal_size((120, 24)).columns)}\n{table.note}\n")
-    path = given.output or given.folders[0] / "state_vs_recall.png"
-    save_png(draw_state_vs_recall(probes), path)
-    print(f"picture: {path}")
+        return refuse(runs, f"has finished with {METRIC}", "at least one. Wait or train again.")
+    show(table for probe in probes for table in (recall_table(probe), *slice_tables(probe)))
+    keep(draw_state_vs_recall(probes), given)
     return 0
 
 

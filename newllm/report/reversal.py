@@ -1,13 +1,12 @@
 """`python -m newllm.report.reversal <folders>`: what runs on data=reversal know of facts in both directions, over seeds."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from newllm.report.collect import collect
+from newllm.report.command import parser_of, readable_runs, refuse
 from newllm.report.groups import Group, group_runs
 from newllm.report.statistics import mean_and_deviation
 
@@ -74,20 +73,11 @@ def _over_seeds(title: str, values: Sequence[float | None]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when the table is printed, 2 when there is nothing to tell."""
-    parser = argparse.ArgumentParser(prog="python -m newllm.report.reversal", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold them")
-    given = parser.parse_args(arguments)
-    runs, unreadable = collect(given.folders)
-    for item in unreadable:
-        print(f"not readable: {item.folder}: {item.reason}", file=sys.stderr)
+    given = parser_of("reversal", __doc__).parse_args(arguments)
+    runs = readable_runs(given.folders)
     measured = [run for run in runs if _measured(run.run.folder) is not None]
     if not measured:
-        print(
-            f"report: none of {len(runs)} runs has measured the reversal. Allowed: runs with evaluation=[reversal]. "
-            "Run evaluate.py with it.",
-            file=sys.stderr,
-        )
-        return 2
+        return refuse(runs, "has measured the reversal", "runs with evaluation=[reversal]. Run evaluate.py with it.")
     print(table(group_runs(measured, "val/loss")))
     return 0
 

@@ -2,7 +2,6 @@
 alpha_progression.json and scaling.png.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -16,10 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from newllm.report.collect import RunCurves, collect
+from newllm.report.collect import RunCurves
+from newllm.report.command import parser_of, readable_runs, show
 from newllm.report.groups import Group, group_runs
 from newllm.report.style import COLOURS, FAINT, new_figure, save_png, styled, tidy
-from newllm.report.tables import NONE, Table, as_text, number
+from newllm.report.tables import NONE, Table, number
 from newllm.scaling import RESAMPLES, Change, Window, change_of, check_points, fit_windows
 from newllm.whole_file import write_whole
 
@@ -242,15 +242,12 @@ def _with_interval(value: float, interval: tuple[float, float] | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when the files are written, 2 when there is nothing to fit."""
-    parser = argparse.ArgumentParser(prog="python -m newllm.report.scaling", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders of several sizes, or folders that hold them")
+    parser = parser_of("scaling", __doc__)
     parser.add_argument("--window", type=int, default=WINDOW, help=f"sizes in a window ({WINDOW})")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"for the intervals ({RESAMPLES})")
     parser.add_argument("--output", type=Path, help="folder of the files (the first folder)")
     given = parser.parse_args(arguments)
-    runs, unreadable = collect(given.folders)
-    for item in unreadable:
-        print(f"not readable: {item.folder}: {item.reason}", file=sys.stderr)
+    runs = readable_runs(given.folders)
     try:
         found = progressions(runs, window=given.window, resamples=given.resamples)
     except ValueError as error:
@@ -258,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     numbers, picture = write_progressions(found, given.output or given.folders[0])
     table = progression_table(found)
-    print(f"{as_text(table, width=240)}\n\n{table.note}")
+    show([table])
     missing = sum(progression.unfinished for progression in found)
     if missing:
         print(f"{missing} runs are not finished and count in no fit.")

@@ -1,0 +1,57 @@
+"""What the commands of newllm.report share: folders in, tables in the terminal, a picture beside the runs."""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from newllm.report.collect import RunCurves, collect
+from newllm.report.style import save_png
+from newllm.report.tables import Table, as_text
+
+
+def parser_of(name: str, about: str | None, *, picture: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser of the folders, and of where the picture goes where there is one.
+
+    Args:
+        name: of the module below newllm.report.
+        about: what the command does.
+        picture: file name that the picture has if no other is asked for.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m newllm.report.{name}", description=about)
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold them")
+    if picture is not None:
+        parser.add_argument("--output", type=Path, help=f"picture to write ({picture} in the first folder)")
+        parser.set_defaults(picture=picture)
+    return parser
+
+
+def readable_runs(folders: Iterable[Path]) -> list[RunCurves]:
+    """Return the runs at or below the folders; what cannot be read is named on stderr."""
+    runs, unreadable = collect(folders)
+    for item in unreadable:
+        print(f"not readable: {item.folder}: {item.reason}", file=sys.stderr)
+    return runs
+
+
+def refuse(runs: Sequence[RunCurves], lacking: str, allowed: str) -> int:
+    """Say why there is nothing to tell, and return the exit code for it."""
+    print(f"report: none of {len(runs)} runs {lacking}. Allowed: {allowed}", file=sys.stderr)
+    return 2
+
+
+def show(tables: Iterable[Table]) -> None:
+    """Print tables, each under its title and above its note."""
+    width = shutil.get_terminal_size((120, 24)).columns
+    for table in tables:
+        print(f"{table.title}\n{as_text(table, width=width)}\n{table.note}\n")
+
+
+def keep(figure: Figure, given: argparse.Namespace) -> None:
+    """Write the picture where the parsed arguments want it, and say where that is."""
+    path = given.output or given.folders[0] / given.picture
+    save_png(figure, path)
+    print(f"picture: {path}")

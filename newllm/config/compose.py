@@ -200,13 +200,26 @@ def _unused_parameters(config: TrainConfig, given: Mapping[str, str]) -> list[st
 
 
 def _depth_given_twice(config: TrainConfig, given: Mapping[str, str]) -> list[str]:
-    """Return a sentence where the user asked for another number of layers than the stack lists."""
+    """Return a sentence where the user asked for another number of layers than the model gets."""
     depth = len(config.layers.stack)
-    return [
-        f"{text}: the stack lists {depth} layers (layers.stack={shown(config.layers.stack)}). "
-        f"Allowed: {depth}, or a stack with {{kind: rest}}. Leave one of the two out."
+    asked = {
+        text: key
         for text, key in given.items()
         if key in ("model.num_layers", "size.num_layers") and text.partition("=")[2] != str(depth)
+    }
+    if not asked:
+        return []
+    source = _resolved(load("train", list(given)))[2].get("model.num_layers")
+    listed_twice = (
+        f"the stack lists {depth} layers (layers.stack={shown(config.layers.stack)}). "
+        f"Allowed: {depth}, or a stack with {{kind: rest}}. Leave one of the two out."
+    )
+    own_depth = (
+        f"the depth of model {config.model.kind} does not come from the size. "
+        "Allowed: model.num_layers=<layers>. Write that in its place."
+    )
+    return [
+        f"{text}: {listed_twice if key in ('model.num_layers', source) else own_depth}" for text, key in asked.items()
     ]
 
 

@@ -54,6 +54,10 @@ MISTAKES = [
     (["layers.stack=[{pythia: rest},{infini: rest}]"], r"rest stands there 2 times\."),
     (["model=infini", "size.num_layers=1"], r"^layers\.stack=.*: leaves no layer of model\.num_layers=1 to the rest\."),
     (["layers.stack=[pythia]", "size.num_layers=4"], r"^size\.num_layers=4: the stack lists 1 layers .*Allowed: 1, or"),
+    (
+        ["model=trm", "trainer=trm", "size.num_layers=3"],
+        r"^size\.num_layers=3: the depth of model trm .*Allowed: model\.num_layers=",
+    ),
     (["layers.segment_length=32"], r"^layers\.segment_length=32: no layer of the stack has it .*of kind .*infini"),
     (
         ["model=infini", "layers.memory_heads=3"],

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from bench.measure import DEVICE, Found, paired_ratio, require_quiet, table, take_turns
 from bench.peers import import_peer, missing, problem_with, version_of
 from newllm.layers import fused_delta
-from newllm.layers.banks import Banks
+from newllm.layers.banks import Banks, of_texts
 from newllm.layers.kernels import DeltaToken
 from newllm.layers.segments import Tokens, cut
 
@@ -29,11 +29,9 @@ def by_segments(
     empty = kernel.empty(len(queries), 1, *memory.shape[1:3], device=queries.device, dtype=queries.dtype)
     options: dict[str, Any] = {"current": 0, "segments_written": 0, "segments_per_bank": 1, "frozen": (False,)}
     banks, answers = Banks(kernel, empty, **options), []
-    for segments in cut(queries, Tokens(keys, values, strengths), SEGMENT):
-        for segment in kernel.split(segments):
-            banks.open(segment)
-            answers.append(banks.read_each()[:, 0])
-            banks.close()
+    for segments in cut(queries, Tokens(keys, values, strengths), SEGMENT, at_once=banks.segments_at_once()):
+        rows = banks.pass_over(segments, writes=True).read_each()[:, 0]
+        answers.append(of_texts(rows, segments.queries.shape[2], axis=1))
     return torch.cat(answers, dim=2), banks.memory.matrix[:, 0]
 
 

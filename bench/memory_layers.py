@@ -54,7 +54,7 @@ def token_loop(queries: Tensor, keys: Tensor, values: Tensor, strengths: Tensor)
 
 def delta_against_loop(length: int, dim: int, rounds: int) -> tuple[list[Row], float]:
     """Return the rows of the loop and of the kernel in segments on a head of `dim`, forward and backward, and the loop's ratio."""
-    from newllm.layers.banks import Banks
+    from newllm.layers.banks import Banks, of_texts
     from newllm.layers.kernels import make_kernel
     from newllm.layers.segments import Tokens, cut
 
@@ -71,11 +71,9 @@ def delta_against_loop(length: int, dim: int, rounds: int) -> tuple[list[Row], f
         options: dict[str, Any] = {"current": 0, "segments_written": 0, "segments_per_bank": 1, "frozen": (False,)}
         banks, answers = Banks(kernel, memory, **options), []
         q, k, v, s = (tensor[None, None] for tensor in (queries, keys, values, strengths))
-        for segments in cut(q, Tokens(k, v, s), SEGMENT):
-            for segment in kernel.split(segments):
-                banks.open(segment)
-                answers.append(banks.read_each()[:, 0])
-                banks.close()
+        for segments in cut(q, Tokens(k, v, s), SEGMENT, at_once=banks.segments_at_once()):
+            rows = banks.pass_over(segments, writes=True).read_each()[:, 0]
+            answers.append(of_texts(rows, segments.queries.shape[2], axis=1))
         torch.cat(answers, dim=2).sum().backward()
 
     rows = take_turns({"token loop": loop, "delta_token": chunked}, rounds=rounds, warmups=1)

@@ -1,23 +1,29 @@
-"""The banks of a memory layer during one call: which is written next, what all of them answer."""
+"""The banks of a memory layer during one call: which is written next, what all of them answer.
+
+Segments are written one after another and read side by side: a reading sees the banks as they were before its own segment.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from newllm.layers.kernels import Elu, Kernel, Segment
-from newllm.layers.memory import Bank, LinearMemory, total
+from newllm.layers.memory import Bank, LinearMemory
 from newllm.layers.segments import Segments
+
+# Bytes of the banks' matrices that stand side by side, one set for each segment, by device: what a CPU's caches hold; what
+# keeps a GPU busy.
+MAX_FOUND_BYTES = {"cpu": 2**24, "cuda": 2**28}
 
 
 class Banks:
-    """Reads and writes the memory of rows that stand at the same place of their texts; lives no longer than a call.
+    """Writes the memory of rows that stand at the same place of their texts; lives no longer than a call.
 
-    Usage: `open` a segment, read, `close` it if it is complete. Sums that are replaced are new tensors: the memory that the call
-    was given stays as it was.
+    Sums that are replaced are new tensors: the memory that the call was given stays as it was.
 
     Args:
         kernel: how banks store and answer.
@@ -44,14 +50,9 @@ class Banks:
         self.current, self.segments_written = current, segments_written
         self._memory, self._frozen, self._segments_per_bank = memory, frozen, segments_per_bank
         self._banks = memory.banks()
-        self._prepared: list[Any] = [None] * len(self._banks)
         self._is_empty_BN = memory.is_empty()
-        self._is_filled = [False] * len(self._banks)  # by this call, in all rows
-        self._with_sums = with_sums
-        self._read = kernel.sums if with_sums and isinstance(kernel, Elu) else kernel.read
-        self._segment: Segment | None = None
-        self._novelty: Tensor | None = None
-        self._open_answer: Tensor | None = None
+        self.with_sums = with_sums
+        self._known: dict[int, tuple[Bank, tuple[Tensor, ...]]] = {}
 
     def __len__(self) -> int:
         return len(self._banks)
@@ -61,82 +62,77 @@ class Banks:
         """The memory as it is now."""
         return self._memory.with_banks(self._banks)
 
-    @property
-    def segment(self) -> Segment:
-        """The open segment."""
-        assert self._segment is not None, "no segment is open"
-        return self._segment
+    def segments_at_once(self) -> int:
+        """Return how many segments to pass over side by side: what they find has room where it is read and written quickly."""
+        matrices = self._memory.matrix
+        return max(
+            1,
+            MAX_FOUND_BYTES.get(matrices.device.type, MAX_FOUND_BYTES["cpu"])
+            // (matrices.numel() * matrices.element_size()),
+        )
 
-    def open(self, segment: Segment) -> None:
-        """Begin a segment: its queries are what the next reads answer."""
-        self._segment, self._novelty, self._open_answer = segment, None, None
+    def pass_over(self, segments: Segments, *, writes: bool, detach_after: Collection[int] = ()) -> Snapshots:
+        """Go over segments in turn, and return the banks as each of them found them.
 
-    def close(self) -> None:
-        """Write the open segment to the bank whose turn it is, and pass the turn; nothing happens if all banks are frozen."""
-        target = self._next_open()
-        if target is None:
-            return
-        self._replace(target, self.kernel.write(self._banks[target], self.segment, self._novelty_for(target)))
-        self._pass_turn(target)
+        Args:
+            segments: side by side.
+            writes: write each to the bank whose turn it is, and pass the turn; without effect if all banks are frozen.
+            detach_after: segments, counted from 0, after which the gradient through everything written is cut.
+        """
+        self._known = {id(bank): self._known[id(bank)] for bank in self._banks if id(bank) in self._known}
+        arranged, count = self.kernel.arrange(segments), segments.queries.shape[2]
+        one_by_one = arranged.one_by_one() if writes or self.kernel.reads_open_segment else [None] * count
+        found, targets, novelties = [], [], []
+        first_written: dict[int, int] = {}
+        for index, segment in enumerate(one_by_one):
+            target = self._next_open()
+            found.append(list(self._banks))
+            targets.append(self.current if target is None else target)
+            if segment is not None:
+                bank = self._banks[targets[-1]]
+                novelties.append(self.kernel.novelty(bank, segment))
+                if writes and target is not None:
+                    self._banks[target] = self.kernel.write(bank, segment, novelties[-1])
+                    first_written.setdefault(target, index)
+                    self._pass_turn(target)
+            if index in detach_after:
+                self._detach()
+        is_empty_BnN = self._is_empty_BN.unsqueeze(1) & ~self._is_after(first_written, count)
+        self._is_empty_BN = self._is_empty_BN & ~self._is_one_of(first_written)
+        novelty = torch.stack(novelties, dim=1).flatten(0, 1) if self.kernel.reads_open_segment else None
+        return Snapshots(
+            self,
+            arranged.as_rows(),
+            found,
+            is_empty=is_empty_BnN.flatten(0, 1),
+            is_target=torch.stack([self._is_one_of([target]) for target in targets]).repeat(len(self._is_empty_BN), 1),
+            novelty=novelty,
+        )
 
-    def can_pass_over(self) -> bool:
-        """Return whether `pass_over` is what opening, reading and closing whole segments would come to."""
+    def read(self, prepared: tuple[Tensor, ...], segment: Segment) -> Tensor:
+        """Return what prepared banks answer [R, N, H, m, d], or numerators and denominators side by side [R, N, H, m, d + 1]."""
+        return (self.kernel.sums if self.with_sums and isinstance(self.kernel, Elu) else self.kernel.read)(
+            prepared, segment
+        )
+
+    def prepared(self, bank: Bank) -> tuple[Tensor, ...]:
+        """Return what reads of one of several banks need: most segments find what the one before found, and it is made once."""
+        if id(bank) not in self._known:
+            self._known[id(bank)] = bank, self.kernel.prepare(bank, None)
+        return self._known[id(bank)][1]
+
+    def can_fuse(self) -> bool:
+        """Return whether `pass_over_fused` is what passing over whole segments, writing each, would come to."""
         return self.kernel.fused is not None and not self._frozen[0] and torch.is_grad_enabled()
 
-    def pass_over(self, segments: Segments) -> Tensor:
-        """Open, read and close whole segments; return what the only bank answered on the way [B, H, n * L, d]."""
-        answers, written = self.kernel.pass_over(self._banks[0], segments)
-        self._replace(0, written)
+    def pass_over_fused(self, segments: Segments) -> Tensor:
+        """Read and write whole segments; return what the only bank answered on the way [B, H, n * L, d]."""
+        answers, self._banks[0] = self.kernel.pass_over(self._banks[0], segments)
+        self._is_empty_BN = torch.zeros_like(self._is_empty_BN)
         return answers
 
-    def detach(self) -> None:
-        """Cut the gradient through everything written so far."""
-        self._banks = [type(bank)(*(tensor.detach() for tensor in bank)) for bank in self._banks]
-        self._prepared = [None] * len(self)
-
-    def has_content(self) -> Tensor:
-        """Return True for banks that have something to say to the open segment's queries."""
-        if not self.kernel.reads_open_segment:
-            return ~self._is_empty_BN
-        return ~self._is_empty_BN | self._is(self._reading_target())
-
-    def read_each(self, segment: Segment | None = None) -> Tensor:
-        """Return what every bank answers [B, N, H, m, d], to the open segment's queries or to those of a part of it."""
-        segment = self.segment if segment is None else segment
-        answers = self._read(self._prepare(), segment)
-        if not self.kernel.reads_open_segment:
-            return answers
-        own = self._read_open(segment).unsqueeze(1)
-        if len(self) == 1:
-            return answers + own
-        return answers + self._is(self._reading_target()).to(own.dtype).view(-1, 1, 1, 1) * own
-
-    def read_total(self) -> Tensor:
-        """Return what one bank would answer that holds the sums of all of them [B, H, m, d]."""
-        prepared = self.kernel.prepare(total(self._banks), self.segment.queries.shape[2])
-        answer = self._read(tuple(tensor.unsqueeze(1) for tensor in prepared), self.segment).squeeze(1)
-        return answer + self._read_open(self.segment) if self.kernel.reads_open_segment else answer
-
-    def weigh(self, answers: Tensor, weights: Tensor) -> Tensor:
-        """Return the answers [B, N, H, m, d] of the banks as one, by shares [B, N, H or 1, m or 1] of those with content.
-
-        Equal shares of sums make them the sums of one bank: the number of banks alone then changes nothing.
-        """
-        if self._with_sums:
-            weights = weights * self.has_content().sum(1).view(-1, 1, 1, 1)
-        return (weights.unsqueeze(-1) * answers).sum(1)
-
-    def cosines(self) -> Tensor:
-        """Return how much the sum of each bank's key features points the way of each of the open segment's queries [B, N, H, m]."""
-        queries = self.segment.queries
-        norms = torch.stack([bank.norm for bank in self._banks], dim=-1)  # [B, H, d, N]
-        cosines = (queries @ normalize(norms, dim=-2)).permute(0, 3, 1, 2) / queries.norm(dim=-1).unsqueeze(1)
-        if not self.kernel.reads_open_segment:
-            return cosines
-        target = self._reading_target()
-        own = self.segment.keys.cumsum(dim=2)[:, :, self.segment.keys.shape[2] - queries.shape[2] :]
-        open_cosines = torch.cosine_similarity(queries, norms[..., target].unsqueeze(-2) + own, dim=-1)
-        return torch.where(self._is(target).view(-1, 1, 1), open_cosines.unsqueeze(1), cosines)
+    def _detach(self) -> None:
+        self._banks = [Bank(*(tensor.detach() for tensor in bank)) for bank in self._banks]
 
     def _next_open(self) -> int | None:
         """First bank from the current one on, in turn, that is not frozen; None if all are."""
@@ -146,43 +142,18 @@ class Banks:
                 return candidate
         return None
 
-    def _reading_target(self) -> int:
-        """The bank that the open segment is read with: the one it will go to, or would if none was frozen."""
-        target = self._next_open()
-        return self.current if target is None else target
+    def _is_after(self, first_written: Mapping[int, int], count: int) -> Tensor:
+        """True where a bank was written before a segment of the call [n, N]; in whole tensors, which no device waits for."""
+        indices = torch.arange(count, device=self._is_empty_BN.device)
+        return torch.stack([indices > first_written.get(bank, count) for bank in range(len(self))], dim=1)
 
-    def _novelty_for(self, target: int) -> Tensor:
-        if self._novelty is None:
-            self._novelty = self.kernel.novelty(self._banks[target], self.segment)
-        return self._novelty
-
-    def _read_open(self, segment: Segment) -> Tensor:
-        novelty = self._novelty_for(self._reading_target())
-        if segment is not self.segment:
-            return self.kernel.read_open(segment, novelty)
-        if self._open_answer is None:
-            self._open_answer = self.kernel.read_open(segment, novelty)
-        return self._open_answer
-
-    def _prepare(self) -> tuple[Tensor, ...]:
-        """What reads of all banks need, side by side on axis 1; only for banks written since, it is made anew."""
-        num_queries = self.segment.queries.shape[2] if len(self) == 1 else None
-        for bank, prepared in enumerate(self._prepared):
-            if prepared is None:
-                self._prepared[bank] = self.kernel.prepare(self._banks[bank], num_queries)
-        if len(self) == 1:
-            return tuple(tensor.unsqueeze(1) for tensor in self._prepared[0])
-        return tuple(torch.stack(tensors, dim=1) for tensors in zip(*self._prepared, strict=True))
-
-    def _replace(self, target: int, written: Bank) -> None:
-        self._banks[target], self._prepared[target] = written, None
-        if not self._is_filled[target]:
-            self._is_filled[target] = True
-            self._is_empty_BN = self._is_empty_BN & ~self._is(target)
-
-    def _is(self, bank: int) -> Tensor:
-        """True for that bank [N]."""
-        return torch.arange(len(self), device=self._is_empty_BN.device) == bank
+    def _is_one_of(self, banks: Collection[int]) -> Tensor:
+        """True for those banks [N]."""
+        indices = torch.arange(len(self), device=self._is_empty_BN.device)
+        is_one = torch.zeros_like(indices, dtype=torch.bool)
+        for bank in banks:
+            is_one = is_one | (indices == bank)
+        return is_one
 
     def _pass_turn(self, target: int) -> None:
         if len(self) == 1:
@@ -190,6 +161,106 @@ class Banks:
         written = 1 if target != self.current else self.segments_written + 1
         is_full = written >= self._segments_per_bank
         self.current, self.segments_written = ((target + 1) % len(self), 0) if is_full else (target, written)
+
+
+class Snapshots:
+    """The banks as each of several segments found them, to be read by its queries; every segment is a row.
+
+    R: rows, the segments of a text one after another. N: banks.
+
+    Args:
+        banks: that the segments passed.
+        segment: the segments as rows.
+        found: banks by segment, of all texts.
+        is_empty: banks never written before a segment [R, N].
+        is_target: the bank that a segment will go to, or would if none was frozen [R, N].
+        novelty: what writing the segment there associates with its keys [R, H, L, d]; None if reads do not see the open segment.
+    """
+
+    def __init__(
+        self,
+        banks: Banks,
+        segment: Segment,
+        found: Sequence[Sequence[Bank]],
+        *,
+        is_empty: Tensor,
+        is_target: Tensor,
+        novelty: Tensor | None,
+    ) -> None:
+        self.kernel, self.segment = banks.kernel, segment
+        self._banks, self._found = banks, found
+        self._is_empty, self._is_target, self._novelty = is_empty, is_target, novelty
+        self._open_answer: Tensor | None = None
+
+    def has_content(self) -> Tensor:
+        """Return True for banks that have something to say to a row's queries [R, N]."""
+        return ~self._is_empty | self._is_target if self.kernel.reads_open_segment else ~self._is_empty
+
+    def read_each(self, segment: Segment | None = None) -> Tensor:
+        """Return what every bank answers [R, N, H, m, d], to the segments' queries or to those of a part of each."""
+        segment = self.segment if segment is None else segment
+        answers = self._banks.read(self._prepared(), segment)
+        if not self.kernel.reads_open_segment:
+            return answers
+        own = self._read_open(segment).unsqueeze(1)
+        return answers + (own if answers.shape[1] == 1 else self._is_target.to(own.dtype)[..., None, None, None] * own)
+
+    def read_total(self) -> Tensor:
+        """Return what one bank would answer that holds the sums of all of them [R, H, m, d]."""
+        totals = Bank(*(self._rows(name).sum(1) for name in Bank._fields))
+        prepared = self.kernel.prepare(totals, self.segment.queries.shape[2])
+        answer = self._banks.read(tuple(tensor.unsqueeze(1) for tensor in prepared), self.segment).squeeze(1)
+        return answer + self._read_open(self.segment) if self.kernel.reads_open_segment else answer
+
+    def weigh(self, answers: Tensor, weights: Tensor) -> Tensor:
+        """Return the answers [R, N, H, m, d] of the banks as one, by shares [R, N, H or 1, m or 1] of those with content.
+
+        Equal shares of sums make them the sums of one bank: the number of banks alone then changes nothing.
+        """
+        if self._banks.with_sums:
+            weights = weights * self.has_content().sum(1).view(-1, 1, 1, 1)
+        return (weights.unsqueeze(-1) * answers).sum(1)
+
+    def cosines(self) -> Tensor:
+        """Return how much the sum of each bank's key features points the way of each query [R, N, H, m]."""
+        queries = self.segment.queries
+        norms = self._rows("norm").permute(0, 2, 3, 1)  # [R, H, d, N]
+        cosines = (queries @ normalize(norms, dim=-2)).permute(0, 3, 1, 2) / queries.norm(dim=-1).unsqueeze(1)
+        if not self.kernel.reads_open_segment:
+            return cosines
+        written = (norms * self._is_target[:, None, None]).sum(-1)
+        own = self.segment.keys.cumsum(dim=2)[:, :, self.segment.keys.shape[2] - queries.shape[2] :]
+        open_cosines = torch.cosine_similarity(queries, written.unsqueeze(-2) + own, dim=-1)
+        return torch.where(self._is_target[..., None, None], open_cosines.unsqueeze(1), cosines)
+
+    def _rows(self, name: str) -> Tensor:
+        """A sum of all banks as the segments found it [R, N, ...]."""
+        return self._stacked([getattr(bank, name) for banks in self._found for bank in banks])
+
+    def _stacked(self, by_segment_and_bank: list[Tensor]) -> Tensor:
+        """n * N tensors [B, ...] as [R, N, ...]."""
+        return torch.stack(by_segment_and_bank, dim=1).unflatten(1, (len(self._found), -1)).flatten(0, 1)
+
+    def _read_open(self, segment: Segment) -> Tensor:
+        assert self._novelty is not None, "the kernel does not read open segments"
+        if segment is not self.segment:
+            return self.kernel.read_open(segment, self._novelty)
+        if self._open_answer is None:
+            self._open_answer = self.kernel.read_open(segment, self._novelty)
+        return self._open_answer
+
+    def _prepared(self) -> tuple[Tensor, ...]:
+        """What reads of all banks need [R, N, ...]."""
+        if len(self._found[0]) == 1:
+            bank = Bank(*(self._rows(name).squeeze(1) for name in Bank._fields))
+            return tuple(tensor.unsqueeze(1) for tensor in self.kernel.prepare(bank, self.segment.queries.shape[2]))
+        prepared = [self._banks.prepared(bank) for banks in self._found for bank in banks]
+        return tuple(self._stacked(list(tensors)) for tensors in zip(*prepared, strict=True))
+
+
+def of_texts(rows: Tensor, num_segments: int, *, axis: int) -> Tensor:
+    """Return rows of segments as texts again: [B * n, ..., m, ...] to [B, ..., n * m, ...], behind `axis` axes without that of rows."""
+    return rows.unflatten(0, (-1, num_segments)).movedim(1, axis + 1).flatten(axis + 1, axis + 2)
 
 
 def shares(logits: Tensor, has_content: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from newllm.config.fields import Range
 from newllm.config.schema import LayerConfig
-from newllm.layers.banks import Banks
+from newllm.layers.banks import Snapshots
 from newllm.layers.kernels import take_positions
 from newllm.layers.memory_layer import MemoryConfig, MemoryLayer, Recall
 from newllm.layers.multi_memory import choice_flops, choose, selection_gate
@@ -61,7 +61,12 @@ class HierarchicalLayer(MemoryLayer):
         self.selection_gate = selection_gate()
         self.expansion_gate = nn.Sequential(nn.Linear(dim, EXPANSION_WIDTH), nn.ReLU(), nn.Linear(EXPANSION_WIDTH, 1))
 
-    def recall(self, banks: Banks) -> Recall:
+    @property
+    def reads_side_by_side(self) -> bool:
+        # Where the gate saves reads, as many positions are read in every row as in the one that wants most.
+        return self.training or self.expand_threshold is None
+
+    def recall(self, banks: Snapshots) -> Recall:
         coarse = banks.read_total()
         answers = coarse.transpose(1, 2).flatten(2).to(self.selection_gate.dtype)  # [B, H, m, d] -> [B, m, H*d]
         expansion = torch.sigmoid(self.expansion_gate(answers)).squeeze(-1).to(coarse.dtype)
@@ -80,7 +85,7 @@ class HierarchicalLayer(MemoryLayer):
         threshold = 0.0 if self.training or self.expand_threshold is None else self.expand_threshold
         return {"expansion_mean": decisions, "expanded_share": decisions >= threshold}
 
-    def _expand(self, banks: Banks, coarse: Tensor, expansion: Tensor, is_expanded: Tensor) -> Tensor:
+    def _expand(self, banks: Snapshots, coarse: Tensor, expansion: Tensor, is_expanded: Tensor) -> Tensor:
         """The coarse answers, with fine ones mixed in where `is_expanded` [B, m]: only for those positions they are read."""
         most = int(is_expanded.sum(1).max())
         if most == 0:

@@ -10,7 +10,7 @@ from torch import nn
 
 from newllm.config.fields import Range
 from newllm.config.schema import LayerConfig
-from newllm.layers.banks import Banks, shares
+from newllm.layers.banks import Snapshots, shares
 from newllm.layers.memory_layer import MemoryConfig, MemoryLayer, Recall
 
 
@@ -47,7 +47,7 @@ class InfiniLayer(MemoryLayer):
         if self.num_banks > 1:
             self.bank_gate = nn.Parameter(torch.zeros(self.num_banks))
 
-    def recall(self, banks: Banks) -> Recall:
+    def recall(self, banks: Snapshots) -> Recall:
         answers = banks.read_each()
         if self.num_banks == 1:
             return Recall(answers.squeeze(1), None)

@@ -17,14 +17,14 @@ from newllm.layers.segments import Segments, Tokens, causal, side_by_side
 
 
 class Segment(NamedTuple):
-    """One segment as a memory sees it; tensors without the axis of segments.
+    """Segments as a memory sees them: side by side, one of them (without the axis n), or each as a row of its own (n with B).
 
     Attributes:
-        queries: features of the queries [B, H, m, d].
-        keys: features of the keys [B, H, L, d].
-        key_sum: their sum [B, H, d].
-        values: [B, H, L, d].
-        products: what the kernel computed ahead for all segments of a call.
+        queries: features of the queries [B, H, n, m, d].
+        keys: features of the keys [B, H, n, L, d].
+        key_sum: their sum [B, H, n, d].
+        values: [B, H, n, L, d].
+        products: what the kernel computed ahead.
     """
 
     queries: Tensor
@@ -32,6 +32,21 @@ class Segment(NamedTuple):
     key_sum: Tensor
     values: Tensor
     products: tuple[Tensor, ...] = ()
+
+    def one_by_one(self) -> list[Segment]:
+        """Return segments that stand side by side one by one."""
+        return [self._of(tensors) for tensors in zip(*(tensor.unbind(2) for tensor in self._tensors()), strict=True)]
+
+    def as_rows(self) -> Segment:
+        """Return segments that stand side by side as rows, a text's segments one after another."""
+        return self._of([tensor.transpose(1, 2).flatten(0, 1) for tensor in self._tensors()])
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.queries, self.keys, self.key_sum, self.values, *self.products
+
+    def _of(self, tensors: Sequence[Tensor]) -> Segment:
+        queries, keys, key_sum, values, *products = tensors
+        return Segment(queries, keys, key_sum, values, tuple(products))
 
 
 class Kernel:
@@ -85,14 +100,13 @@ class Kernel:
         per_head += head_dim * ("value_sum" in self.keeps) + head_dim**2 * ("gram" in self.keeps)
         return 4 * num_banks * (num_heads * per_head + ("tokens" in self.keeps))
 
-    def split(self, segments: Segments) -> list[Segment]:
-        """Return the segments one by one."""
+    def arrange(self, segments: Segments) -> Segment:
+        """Return the segments as the memory sees them, side by side."""
         keys = segments.key_features
-        tensors = segments.query_features, keys, keys.sum(dim=3), segments.values
-        return [Segment(*parts) for parts in zip(*(tensor.unbind(2) for tensor in tensors), strict=True)]
+        return Segment(segments.query_features, keys, keys.sum(dim=3), segments.values)
 
     def take(self, segment: Segment, index_BK: Tensor) -> Segment:
-        """Return the segment with only the chosen queries of each row, [B, H, K, d]."""
+        """Return a segment, or one in each row, with only the chosen queries of the row, [B, H, K, d]."""
         return segment._replace(queries=take_positions(segment.queries, index_BK))
 
     def prepare(self, bank: Bank, num_queries: int | None) -> tuple[Tensor, ...]:
@@ -262,7 +276,7 @@ class DeltaToken(Kernel):
     def __init__(self) -> None:
         super().__init__("delta")
 
-    def split(self, segments: Segments) -> list[Segment]:
+    def arrange(self, segments: Segments) -> Segment:
         queries = torch.nn.functional.normalize(segments.queries, dim=-1)
         keys = torch.nn.functional.normalize(segments.keys, dim=-1)
         strong_keys = segments.strengths * keys
@@ -272,8 +286,7 @@ class DeltaToken(Kernel):
         solved = torch.linalg.solve_triangular(steps.mT, sides.mT, upper=True, left=False, unitriangular=True)
         erased, fresh = solved.mT.chunk(2, dim=-1)
         scores = causal(queries @ keys.mT)  # [B, H, n, m, L]
-        products = zip(*(tensor.unbind(2) for tensor in (queries, keys, erased, fresh, scores)), strict=True)
-        return [part._replace(products=own) for part, own in zip(super().split(segments), products, strict=True)]
+        return super().arrange(segments)._replace(products=(queries, keys, erased, fresh, scores))
 
     def take(self, segment: Segment, index_BK: Tensor) -> Segment:
         queries, *middle, scores = segment.products
@@ -306,7 +319,7 @@ class DeltaToken(Kernel):
         self, queries: Tensor, keys: Tensor, values: Tensor, strengths: Tensor, matrix: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return what `fused_delta.pass_over` returns, by this kernel."""
-        (segment,) = self.split(side_by_side(queries, Tokens(keys, values, strengths), 1))
+        (segment,) = self.arrange(side_by_side(queries, Tokens(keys, values, strengths), 1)).one_by_one()
         unused = matrix.new_zeros(0)
         bank = Bank(matrix, matrix.new_zeros(matrix.shape[:-1]), unused, unused, unused)
         novelty = self.novelty(bank, segment)

@@ -86,12 +86,6 @@ def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / (denominator + (denominator == 0))
 
 
-def total(banks: Sequence[Bank]) -> Bank:
-    """Return one bank that holds what all of them hold; exact if they were written by the linear rule."""
-    columns = zip(*banks, strict=True)
-    return Bank(*(reduce(torch.add, tensors) if tensors[0].numel() > 0 else tensors[0] for tensors in columns))
-
-
 def merge(memories: Sequence[LinearMemory]) -> LinearMemory:
     """Return the memory of one reader of all the texts: memories are sums over tokens, and add up bank by bank.
 

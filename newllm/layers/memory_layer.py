@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from newllm.config.fields import Range
 from newllm.config.schema import GroupConfig
 from newllm.layers import fused_delta
-from newllm.layers.banks import Banks
+from newllm.layers.banks import Banks, Snapshots, of_texts
 from newllm.layers.base import MLP, Layer
 from newllm.layers.kernels import DeltaToken, make_kernel
 from newllm.layers.memory import divide
@@ -141,8 +141,8 @@ class MemoryLayer(Layer):
             self.memory_gate = nn.Parameter(torch.zeros(self.num_heads))
 
     @abstractmethod
-    def recall(self, banks: Banks) -> Recall:
-        """Return what the memories say to the queries of the open segment; zeros while all are empty."""
+    def recall(self, banks: Snapshots) -> Recall:
+        """Return what the memories say to the segments' queries, each segment a row; zeros while all are empty."""
 
     def recall_flops(self, lengths: Sequence[int]) -> float:
         """Return the matrix FLOPs on one head of `recall` over a text of segments of these lengths."""
@@ -151,6 +151,11 @@ class MemoryLayer(Layer):
     def facts(self, decisions: Tensor) -> dict[str, Tensor]:
         """Return what is worth knowing of the decisions of `recall`, per position, by name."""
         return {}
+
+    @property
+    def reads_side_by_side(self) -> bool:
+        """Whether whole segments are read together; False where reading them apart leaves more of it out."""
+        return True
 
     @property
     def takes_fused(self) -> bool:
@@ -210,10 +215,8 @@ class MemoryLayer(Layer):
             tokens = rows_state.open_tokens()
             if tokens.keys.shape[2] == 0:
                 return nothing, rows_state
-            (segment,) = self.kernel.split(side_by_side(tokens.keys[:, :, :0], tokens, 1))
             banks = self._banks(rows_state, tokens.keys.dtype)
-            banks.open(segment)
-            banks.close()
+            banks.pass_over(side_by_side(tokens.keys[:, :, :0], tokens, 1), writes=True)
             return nothing, _state_after(rows_state, banks, tokens.last(0))
 
         return by_groups(close, state.keys[:, 0, :0], state, state.places)[1]
@@ -252,26 +255,26 @@ class MemoryLayer(Layer):
         """As `_attend`, from the queries of the call and all tokens since the open segment began."""
         banks, local, contents = self._banks(state, queries.dtype), [], []
         recalls: list[Recall] = []
-        closed, length = 0, self.options.segment_length
-        fuses = update_memory and self.options.detach_every is None and self.takes_fused and banks.can_pass_over()
-        for segments in cut(queries, tokens, length):
+        closed, length, every = 0, self.options.segment_length, self.options.detach_every
+        fuses = update_memory and every is None and self.takes_fused and banks.can_fuse()
+        at_once = banks.segments_at_once() if self.reads_side_by_side else 1
+        for segments in cut(queries, tokens, length, at_once=at_once):
+            count, asked = segments.queries.shape[2:4]
+            is_whole = segments.keys.shape[3] == length
             local.append(self._local(segments))
-            if fuses and segments.queries.shape[3] == length:
-                recalls.append(Recall(banks.pass_over(segments), None))
-                contents.append(banks.has_content().expand(-1, recalls[-1].values.shape[2]))
-                closed += segments.queries.shape[2]
-                continue
-            for segment in self.kernel.split(segments):
-                banks.open(segment)
-                recalls.append(self.recall(banks))
-                contents.append(banks.has_content().any(1, keepdim=True).expand(-1, segment.queries.shape[2]))
-                if segment.keys.shape[2] < length:
-                    continue
-                closed += 1
-                if update_memory:
-                    banks.close()
-                if self.options.detach_every is not None and closed % self.options.detach_every == 0:
-                    banks.detach()
+            if fuses and asked == length:
+                recalls.append(Recall(banks.pass_over_fused(segments), None))
+                contents.append(segments.values.new_ones(segments.values.shape[0], count * length, dtype=torch.bool))
+            else:
+                detach_after = [] if every is None else [i for i in range(count) if (closed + i + 1) % every == 0]
+                seen = banks.pass_over(segments, writes=update_memory and is_whole, detach_after=detach_after)
+                values, decisions = self.recall(seen)
+                if decisions is not None:
+                    decisions = of_texts(decisions, count, axis=decisions.dim() - 2)
+                recalls.append(Recall(of_texts(values, count, axis=1), decisions))
+                has_content = seen.has_content().any(1, keepdim=True).expand(-1, asked)
+                contents.append(has_content.unflatten(0, (-1, count)).flatten(1))
+            closed += count * is_whole
         recalled = torch.cat([recall.values for recall in recalls], dim=2)
         has_content = torch.cat(contents, dim=1).unsqueeze(1).unsqueeze(-1)  # [B, T] -> [B, 1, T, 1]
         attended = self._mix(recalled, torch.cat(local, dim=2), has_content)

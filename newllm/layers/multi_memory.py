@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from newllm.config.fields import Range
 from newllm.config.schema import LayerConfig
-from newllm.layers.banks import Banks, shares
+from newllm.layers.banks import Snapshots, shares
 from newllm.layers.memory_layer import MemoryConfig, MemoryLayer, Recall
 
 # Sums of positive features all point much the same way: at 1 the softmax over their cosines is flat, and stays so.
@@ -47,7 +47,7 @@ class MultiMemoryLayer(MemoryLayer):
         super().__init__(dim, mlp_dim, config, num_banks=config.num_memories, segments_per_bank=1)
         self.selection_gate = selection_gate()
 
-    def recall(self, banks: Banks) -> Recall:
+    def recall(self, banks: Snapshots) -> Recall:
         weights = choose(banks, self.selection_gate)
         return Recall(banks.weigh(banks.read_each(), weights), weights)
 
@@ -68,7 +68,7 @@ def selection_gate() -> nn.Parameter:
     return nn.Parameter(torch.tensor(math.log(INITIAL_SCALE)))
 
 
-def choose(banks: Banks, log_scale: Tensor) -> Tensor:
+def choose(banks: Snapshots, log_scale: Tensor) -> Tensor:
     """Return the share [B, N, H, m] of each memory in the answer to each of the open segment's queries.
 
     Args:

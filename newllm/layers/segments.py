@@ -57,21 +57,22 @@ class Segments(NamedTuple):
     key_features: Tensor
 
 
-def cut(queries_BHTd: Tensor, tokens: Tokens, segment_length: int) -> Iterator[Segments]:
-    """Give the segments of a call: what completes the open one, all whole ones side by side, and what stays open.
+def cut(queries_BHTd: Tensor, tokens: Tokens, segment_length: int, *, at_once: int) -> Iterator[Segments]:
+    """Give the segments of a call: what completes the open one, whole ones side by side, and what stays open.
 
     Args:
         queries_BHTd: queries of the call, the last T of the tokens.
         tokens: tokens since the open segment began.
         segment_length: tokens of a segment.
+        at_once: whole segments that stand side by side, at most.
     """
     total, num_queries = tokens.keys.shape[2], queries_BHTd.shape[2]
     counts, past = [], total - num_queries
     if past > 0 or num_queries == 0:
         counts.append((1, min(segment_length, total), min(segment_length, total) - past))
         total -= counts[0][1]
-    if total >= segment_length:
-        counts.append((total // segment_length, segment_length, segment_length))
+    for first in range(0, total // segment_length, at_once):
+        counts.append((min(at_once, total // segment_length - first), segment_length, segment_length))
     if total % segment_length > 0:
         counts.append((1, total % segment_length, total % segment_length))
     # split, not slices: the gradient of a slice fills a tensor as long as the text.

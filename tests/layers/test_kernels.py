@@ -178,7 +178,7 @@ def write_pairs(kernel, keys, values, *, segment_length, strength=1.0):
     memory = kernel.empty(TRIALS, 1, 1, DIM, device=keys.device, dtype=keys.dtype)
     (bank,) = memory.banks()
     for key, value in zip(keys.split(segment_length, dim=1), values.split(segment_length, dim=1), strict=True):
-        (segment,) = kernel.split(segment_of(key[:, :0], key, value, strength))
+        (segment,) = kernel.arrange(segment_of(key[:, :0], key, value, strength)).one_by_one()
         bank = kernel.write(bank, segment, kernel.novelty(bank, segment))
     return bank
 
@@ -190,7 +190,7 @@ def segment_of(queries, keys, values, strength):
 
 def top1(kernel, bank, queries, candidates):
     """Share of queries i whose answer is closest, in cosine, to candidate i."""
-    (segment,) = kernel.split(segment_of(queries, queries, queries, 0.0))
+    (segment,) = kernel.arrange(segment_of(queries, queries, queries, 0.0)).one_by_one()
     prepared = tuple(tensor.unsqueeze(1) for tensor in kernel.prepare(bank, None))
     answers = kernel.read(prepared, segment)[:, 0, 0]
     scores = answers @ normalize(candidates, dim=-1).transpose(1, 2)
@@ -238,11 +238,8 @@ def delta_token_in_segments(queries, keys, values, strengths):
     banks = Banks(kernel, memory, current=0, segments_written=0, segments_per_bank=1, frozen=(False,))
     tokens = Tokens(*(tensor[None, None] for tensor in (keys, values, strengths)))
     answers = []
-    for segments in cut(queries[None, None], tokens, 64):
-        for segment in kernel.split(segments):
-            banks.open(segment)
-            answers.append(banks.read_each()[0, 0, 0])
-            banks.close()
+    for segments in cut(queries[None, None], tokens, 64, at_once=banks.segments_at_once()):
+        answers.append(banks.pass_over(segments, writes=True).read_each()[:, 0, 0].flatten(0, 1))
     return torch.cat(answers)
 
 

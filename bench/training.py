@@ -148,6 +148,31 @@ def litgpt(shape: Shape, inputs: Tensor, labels: Tensor) -> Callable[[], object]
     return bare_step(model, mixed(lambda: utils.chunked_cross_entropy(run(inputs), labels)))
 
 
+def products_alone(model: nn.Module, shape: Shape) -> Callable[[], object]:
+    """Return a call of what every trainer of the shape must compute: the products of the linear maps and attention, both ways.
+
+    In the precision of the weights, from tensors that are there already; no loss, norm, optimizer step nor anything between layers.
+    """
+    rows = shape.batch_size * shape.length
+    linears = [module.weight.detach() for module in model.modules() if isinstance(module, nn.Linear)]
+    tensors = [(weight, torch.randn(rows, weight.shape[1]), torch.randn(rows, weight.shape[0])) for weight in linears]
+    size = compose_model("pythia", size=shape.size, keys={}).size
+    heads = shape.batch_size, size.num_heads, shape.length, size.dim // size.num_heads
+    asked = [torch.randn(heads, requires_grad=True) for _ in range(3)]
+    upstream = torch.randn(heads)
+
+    def call() -> None:
+        for weight, inputs, by_outputs in tensors:
+            torch.mm(inputs, weight.T)
+            torch.mm(by_outputs, weight)
+            torch.mm(by_outputs.T, inputs)
+        for _ in range(size.num_layers):
+            attended = nn.functional.scaled_dot_product_attention(*asked, is_causal=True)
+            torch.autograd.grad(attended, asked, upstream)
+
+    return call
+
+
 def alternatives(shape: Shape, folder: str) -> dict[str, Callable[[], object]]:
     """Return everything that can be measured here at a shape."""
     inputs, labels = random_ids(shape.batch_size, shape.length, shape.vocab_size)
@@ -169,6 +194,8 @@ def alternatives(shape: Shape, folder: str) -> dict[str, Callable[[], object]]:
         found["HF Trainer"] = huggingface_trainer(shape, inputs, folder)
     if problem_with("litgpt") is None:
         found["litgpt"] = repeated(litgpt(shape, inputs, labels), shape.steps)
+    if not IS_FAST:  # compiled, a device overlaps them with everything else
+        found["products alone"] = repeated(products_alone(own, shape), shape.steps)
     return found
 
 
@@ -213,4 +240,9 @@ def run(quick: bool) -> Found:
     head = ["shape", "", "tokens/s", "time / ours", "MFU", "spread", "warm-up"]
     versions = ", ".join(f"{name} {version_of(name)}" for name in PEERS if problem_with(name) is None)
     told = f"{'bf16, compiled' if IS_FAST else 'fp32, eager'}, fused AdamW, gradient norm clipped, median of the rounds. {versions}."
+    if not IS_FAST:
+        told += (
+            " products alone: the matrix products of the linear maps and of attention, forward and backward, and nothing else: what is the "
+            "same for every trainer of the shape, and the most that one can be ahead of another."
+        )
     return Found(f"{table(head, lines)}\n\n{told}{missing(PEERS)}", figures)

@@ -11,7 +11,7 @@ import numpy as np
 from newllm.config.fields import Count, Range
 from newllm.config.schema import DataConfig, TokenizerConfig
 from newllm.data.prepared import PreparedData
-from newllm.data.recall import ProbeConfig, Rows, distinct, doubling, other_ids, place_targets, prepare_rows
+from newllm.data.recall import ProbeConfig, Rows, distinct, doubling, filler_ids, place_targets, prepare_rows
 
 if TYPE_CHECKING:
     from newllm.config.schema import TrainConfig
@@ -74,10 +74,7 @@ def draw_rows(data: MqarConfig) -> Rows:
     pairs = np.stack([keys, values], axis=2).reshape(data.num_samples, -1)  # [N, P, 2] -> [N, 2 * P]
     rest = data.block_length - pairs.shape[1]
     queries = pairs.shape[1] + 2 * draw_gaps(generator, shape, rest // 2, data.gap_power)
-    if data.filler == "zero":
-        filler = np.zeros((data.num_samples, rest), dtype=np.int64)
-    else:
-        filler = other_ids(generator, pairs, rest, data.vocab_size)
+    filler = filler_ids(data.filler, generator, pairs, rest, data.vocab_size)
     inputs = np.concatenate([pairs, filler], axis=1)
     np.put_along_axis(inputs, queries, keys, axis=1)
     written = 2 * np.arange(data.num_pairs) + 1

@@ -5,7 +5,7 @@ N: rows. P: pairs of a row. R: pairs that are written again.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from newllm.data.recall import (
     Rows,
     distinct,
     doubling,
-    other_ids,
+    filler_ids,
     place_targets,
     prepare_rows,
 )
@@ -36,13 +36,20 @@ class OverwriteConfig(ProbeConfig, DataConfig):
         vocab_size: V; keys are 1 to V/2 - 1, values V/2 to V - 1.
         num_pairs: P, keys of a row, each asked once.
         num_rewritten: R, keys that are written twice.
-        filler_length: tokens between the two writings: ids that no pair of the row uses.
+        filler_length: tokens between the two writings.
+        filler: what stands there and before the queries: "random" ids that the row's pairs do not use, or "zero".
     """
 
     vocab_size: Annotated[int, Range(minimum=4)]
     num_pairs: Count
     num_rewritten: Count
     filler_length: Annotated[int, Range(minimum=0)]
+    filler: Literal["random", "zero"]
+
+    def of_length(self, block_length: int) -> Self:
+        """Return the probe in rows of another length: the two writings lie farther apart, the queries as near as they did."""
+        filler_length = max(0, self.filler_length + block_length - self.block_length)
+        return dataclasses.replace(self, block_length=block_length, filler_length=filler_length)
 
     def check(self, config: "TrainConfig") -> list[str]:
         """All writings, the filler and the queries fit into a row; keys and values of a row are all different."""
@@ -82,7 +89,8 @@ def draw_rows(data: OverwriteConfig) -> Rows:
     first = _interleaved(np.take_along_axis(keys, order, 1), np.take_along_axis(values[:, :pairs], order, 1))
     second = _interleaved(keys[:, :rewritten], values[:, pairs:])
     rest = data.block_length - data.filler_length - first.shape[1] - second.shape[1] - pairs
-    filler = other_ids(generator, np.concatenate([keys, values], 1), data.filler_length + rest, data.vocab_size)
+    taken = np.concatenate([keys, values], axis=1)
+    filler = filler_ids(data.filler, generator, taken, data.filler_length + rest, data.vocab_size)
     asked = distinct(generator, rows, range(pairs), pairs)
     before, after = np.split(filler, [data.filler_length], axis=1)
     inputs = np.concatenate([first, before, second, after, np.take_along_axis(keys, asked, 1)], axis=1)

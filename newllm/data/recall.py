@@ -6,8 +6,8 @@ N: rows of all splits together.
 import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -34,6 +34,10 @@ class ProbeConfig(GroupConfig):
 
     num_samples: Annotated[int, Range(minimum=2)]  # rows, training, validation and test together
     generator_seed: Annotated[int, Range(minimum=0)]  # of the rows; the run's own seed does not change them
+
+    def of_length(self, block_length: int) -> Self:
+        """Return the probe in rows of another length, tokens; what it asks for stays as it is."""
+        return replace(self, block_length=block_length)  # type: ignore[call-arg]  # a key of every DataConfig
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,15 @@ def other_ids(generator: np.random.Generator, taken: np.ndarray, length: int, vo
         while (again := np.take_along_axis(is_taken, part, axis=1)).any():
             part[again] = generator.integers(1, vocab_size, size=again.sum(), dtype=np.int32)
     return drawn
+
+
+def filler_ids(
+    filler: Literal["random", "zero"], generator: np.random.Generator, taken: np.ndarray, length: int, vocab_size: int
+) -> np.ndarray:
+    """Return what stands where nothing is written or asked [N, length]: zeros, or ids that the row has not taken."""
+    if filler == "zero":
+        return np.zeros((len(taken), length), dtype=np.int32)
+    return other_ids(generator, taken, length, vocab_size)
 
 
 def split_sizes(*, num_samples: int, validation_share: float, test_share: float) -> dict[str, int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from newllm.config.fields import Count
 from newllm.config.schema import EvaluationConfig
 from newllm.data.module import build_data
-from newllm.data.recall import NO_TARGET
+from newllm.data.recall import NO_TARGET, ProbeConfig
 from newllm.evaluation.material import Material
 from newllm.evaluation.scoring import token_losses
 from newllm.layers.memory_state import MemoryLayerState
@@ -44,7 +44,7 @@ class RecallConfig(EvaluationConfig):
                 f"evaluation=[recall]: measures a recall probe, data of kind {config.data.kind} ask for nothing. "
                 "Allowed with it: data=mqar, overwrite, parity, passkey, s3. Leave recall out of the list."
             ]
-        longer = [dataclasses.replace(config.data, block_length=length) for length in self.block_lengths]
+        longer = [config.data.of_length(length) for length in self.block_lengths]
         return [f"evaluation.recall.block_lengths: {problem}" for data in longer for problem in data.check(config)]
 
 
@@ -104,15 +104,15 @@ def measure(material: Material, options: RecallConfig) -> dict[str, Any]:
 
 def _at_length(material: Material, length: int, num_blocks: int) -> Material:
     """The probe drawn again, half of its rows to be measured."""
-    config = material.run.config
+    config, probe = material.run.config, material.run.config.data
+    assert isinstance(probe, ProbeConfig), "recall is measured of probes only"
     changes: dict[str, Any] = {
-        "block_length": length,
         "num_samples": 2 * num_blocks,
         "validation_share": 0.5,
         "test_share": 0.0,
         "max_validation_blocks": None,
     }
-    data = dataclasses.replace(config.data, **changes)
+    data = dataclasses.replace(probe.of_length(length), **changes)
     module = build_data(dataclasses.replace(config, data=data))
     module.prepare()
     return Material(material.run, module, "validation")

@@ -26,7 +26,14 @@ def passkey_config(**changes: Any) -> PasskeyConfig:
 
 
 def overwrite_config(**changes: Any) -> OverwriteConfig:
-    own = {"kind": "overwrite", "vocab_size": 30, "num_pairs": 4, "num_rewritten": 2, "filler_length": 5}
+    own = {
+        "kind": "overwrite",
+        "vocab_size": 30,
+        "num_pairs": 4,
+        "num_rewritten": 2,
+        "filler_length": 5,
+        "filler": "random",
+    }
     return OverwriteConfig(**shared_keys(HERE, **(DRAWN | own | {"block_length": 24} | changes)))
 
 

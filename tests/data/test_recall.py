@@ -94,6 +94,23 @@ def test_overwrite_asks_for_the_value_written_last(seed: int, pairs: int, rewrit
         assert outdated != target
 
 
+@pytest.mark.parametrize("filler", ["random", "zero"])
+def test_longer_overwrite_rows_have_the_two_writings_farther_apart(filler: str) -> None:
+    config = overwrite_config(filler=filler)
+
+    longer = config.of_length(64)
+
+    assert (longer.block_length, longer.filler_length) == (64, config.filler_length + 40)
+    assert config.of_length(23).filler_length == config.filler_length - 1
+    rows = draw(longer)
+    for row, position, target, names in asked(rows):
+        value, place = last_value(row, position)
+        assert target == value
+        assert (place > 8 + longer.filler_length) == (names["written"] == "twice")
+    between = rows.inputs[:, 8 : 8 + longer.filler_length]
+    assert (between == 0).all() == (filler == "zero")
+
+
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 99), length=st.integers(1, 4), spare=st.integers(0, 20), segment=st.integers(1, 7))
 def test_passkey_asks_for_what_follows_the_first_mark(seed: int, length: int, spare: int, segment: int) -> None:

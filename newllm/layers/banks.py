@@ -19,6 +19,9 @@ from newllm.layers.segments import Segments
 # keeps a GPU busy.
 MAX_FOUND_BYTES = {"cpu": 2**24, "cuda": 2**28}
 
+Version = tuple[int, int]
+"""Place of a bank, and how often it had been replaced."""
+
 
 class Banks:
     """Writes the memory of rows that stand at the same place of their texts; lives no longer than a call.
@@ -52,7 +55,8 @@ class Banks:
         self._banks = memory.banks()
         self._is_empty_BN = memory.is_empty()
         self.with_sums = with_sums
-        self._known: dict[int, tuple[Bank, tuple[Tensor, ...]]] = {}
+        self._versions = [0] * len(self._banks)  # how often each was replaced
+        self._known: dict[Version, tuple[Tensor, ...]] = {}
 
     def __len__(self) -> int:
         return len(self._banks)
@@ -79,20 +83,22 @@ class Banks:
             writes: write each to the bank whose turn it is, and pass the turn; without effect if all banks are frozen.
             detach_after: segments, counted from 0, after which the gradient through everything written is cut.
         """
-        self._known = {id(bank): self._known[id(bank)] for bank in self._banks if id(bank) in self._known}
+        current = set(enumerate(self._versions))
+        self._known = {version: prepared for version, prepared in self._known.items() if version in current}
         arranged, count = self.kernel.arrange(segments), segments.queries.shape[2]
         one_by_one = arranged.one_by_one() if writes or self.kernel.reads_open_segment else [None] * count
-        found, targets, novelties = [], [], []
+        found: list[dict[Version, Bank]] = []
+        targets, novelties = [], []
         first_written: dict[int, int] = {}
         for index, segment in enumerate(one_by_one):
             target = self._next_open()
-            found.append(list(self._banks))
+            found.append(dict(zip(enumerate(self._versions), self._banks, strict=True)))
             targets.append(self.current if target is None else target)
             if segment is not None:
                 bank = self._banks[targets[-1]]
                 novelties.append(self.kernel.novelty(bank, segment))
                 if writes and target is not None:
-                    self._banks[target] = self.kernel.write(bank, segment, novelties[-1])
+                    self._replace(target, self.kernel.write(bank, segment, novelties[-1]))
                     first_written.setdefault(target, index)
                     self._pass_turn(target)
             if index in detach_after:
@@ -115,11 +121,11 @@ class Banks:
             prepared, segment
         )
 
-    def prepared(self, bank: Bank) -> tuple[Tensor, ...]:
+    def prepared(self, version: Version, bank: Bank) -> tuple[Tensor, ...]:
         """Return what reads of one of several banks need: most segments find what the one before found, and it is made once."""
-        if id(bank) not in self._known:
-            self._known[id(bank)] = bank, self.kernel.prepare(bank, None)
-        return self._known[id(bank)][1]
+        if version not in self._known:
+            self._known[version] = self.kernel.prepare(bank, None)
+        return self._known[version]
 
     def can_fuse(self) -> bool:
         """Return whether `pass_over_fused` is what passing over whole segments, writing each, would come to."""
@@ -127,12 +133,18 @@ class Banks:
 
     def pass_over_fused(self, segments: Segments) -> Tensor:
         """Read and write whole segments; return what the only bank answered on the way [B, H, n * L, d]."""
-        answers, self._banks[0] = self.kernel.pass_over(self._banks[0], segments)
+        answers, written = self.kernel.pass_over(self._banks[0], segments)
+        self._replace(0, written)
         self._is_empty_BN = torch.zeros_like(self._is_empty_BN)
         return answers
 
     def _detach(self) -> None:
-        self._banks = [Bank(*(tensor.detach() for tensor in bank)) for bank in self._banks]
+        for place, bank in enumerate(self._banks):
+            self._replace(place, Bank(*(tensor.detach() for tensor in bank)))
+
+    def _replace(self, place: int, bank: Bank) -> None:
+        self._banks[place] = bank
+        self._versions[place] += 1
 
     def _next_open(self) -> int | None:
         """First bank from the current one on, in turn, that is not frozen; None if all are."""
@@ -181,7 +193,7 @@ class Snapshots:
         self,
         banks: Banks,
         segment: Segment,
-        found: Sequence[Sequence[Bank]],
+        found: Sequence[Mapping[Version, Bank]],
         *,
         is_empty: Tensor,
         is_target: Tensor,
@@ -235,7 +247,7 @@ class Snapshots:
 
     def _rows(self, name: str) -> Tensor:
         """A sum of all banks as the segments found it [R, N, ...]."""
-        return self._stacked([getattr(bank, name) for banks in self._found for bank in banks])
+        return self._stacked([getattr(bank, name) for banks in self._found for bank in banks.values()])
 
     def _stacked(self, by_segment_and_bank: list[Tensor]) -> Tensor:
         """n * N tensors [B, ...] as [R, N, ...]."""
@@ -254,7 +266,7 @@ class Snapshots:
         if len(self._found[0]) == 1:
             bank = Bank(*(self._rows(name).squeeze(1) for name in Bank._fields))
             return tuple(tensor.unsqueeze(1) for tensor in self.kernel.prepare(bank, self.segment.queries.shape[2]))
-        prepared = [self._banks.prepared(bank) for banks in self._found for bank in banks]
+        prepared = [self._banks.prepared(*item) for banks in self._found for item in banks.items()]
         return tuple(self._stacked(list(tensors)) for tensors in zip(*prepared, strict=True))
 
 

@@ -6,6 +6,7 @@ Segments are written one after another and read side by side: a reading sees the
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,11 +70,8 @@ class Banks:
     def segments_at_once(self) -> int:
         """Return how many segments to pass over side by side: what they find has room where it is read and written quickly."""
         matrices = self._memory.matrix
-        return max(
-            1,
-            MAX_FOUND_BYTES.get(matrices.device.type, MAX_FOUND_BYTES["cpu"])
-            // (matrices.numel() * matrices.element_size()),
-        )
+        limit = MAX_FOUND_BYTES.get(matrices.device.type, MAX_FOUND_BYTES["cpu"])
+        return max(1, limit // (matrices.numel() * matrices.element_size()))
 
     def pass_over(self, segments: Segments, *, writes: bool, detach_after: Collection[int] = ()) -> Snapshots:
         """Go over segments in turn, and return the banks as each of them found them.
@@ -103,23 +101,20 @@ class Banks:
                     self._pass_turn(target)
             if index in detach_after:
                 self._detach()
-        is_empty_BnN = self._is_empty_BN.unsqueeze(1) & ~self._is_after(first_written, count)
-        self._is_empty_BN = self._is_empty_BN & ~self._is_one_of(first_written)
-        novelty = torch.stack(novelties, dim=1).flatten(0, 1) if self.kernel.reads_open_segment else None
-        return Snapshots(
-            self,
-            arranged.as_rows(),
-            found,
-            is_empty=is_empty_BnN.flatten(0, 1),
-            is_target=torch.stack([self._is_one_of([target]) for target in targets]).repeat(len(self._is_empty_BN), 1),
-            novelty=novelty,
-        )
+        is_empty_BnN = self._is_empty_BN.unsqueeze(1).expand(-1, count, -1)
+        if first_written:
+            is_empty_BnN = is_empty_BnN & ~self._is_after(first_written, count)
+            self._is_empty_BN = self._is_empty_BN & ~self._is_one_of(first_written)
+        own = None
+        if self.kernel.reads_open_segment:
+            is_target = torch.stack([self._is_one_of([target]) for target in targets])
+            own = Own(is_target.repeat(len(self._is_empty_BN), 1), torch.stack(novelties, dim=1).flatten(0, 1))
+        return Snapshots(self, arranged.as_rows(), found, is_empty_BnN.flatten(0, 1), own)
 
     def read(self, prepared: tuple[Tensor, ...], segment: Segment) -> Tensor:
         """Return what prepared banks answer [R, N, H, m, d], or numerators and denominators side by side [R, N, H, m, d + 1]."""
-        return (self.kernel.sums if self.with_sums and isinstance(self.kernel, Elu) else self.kernel.read)(
-            prepared, segment
-        )
+        answer = self.kernel.sums if self.with_sums and isinstance(self.kernel, Elu) else self.kernel.read
+        return answer(prepared, segment)
 
     def prepared(self, version: Version, bank: Bank) -> tuple[Tensor, ...]:
         """Return what reads of one of several banks need: most segments find what the one before found, and it is made once."""
@@ -175,6 +170,18 @@ class Banks:
         self.current, self.segments_written = ((target + 1) % len(self), 0) if is_full else (target, written)
 
 
+class Own(NamedTuple):
+    """What a segment's reads see of the segment itself.
+
+    Attributes:
+        is_target: the bank that the segment will go to, or would if none was frozen [R, N].
+        novelty: what writing the segment there associates with its keys [R, H, L, d].
+    """
+
+    is_target: Tensor
+    novelty: Tensor
+
+
 class Snapshots:
     """The banks as each of several segments found them, to be read by its queries; every segment is a row.
 
@@ -185,8 +192,7 @@ class Snapshots:
         segment: the segments as rows.
         found: banks by segment, of all texts.
         is_empty: banks never written before a segment [R, N].
-        is_target: the bank that a segment will go to, or would if none was frozen [R, N].
-        novelty: what writing the segment there associates with its keys [R, H, L, d]; None if reads do not see the open segment.
+        own: None if reads do not see their own segment.
     """
 
     def __init__(
@@ -194,35 +200,34 @@ class Snapshots:
         banks: Banks,
         segment: Segment,
         found: Sequence[Mapping[Version, Bank]],
-        *,
         is_empty: Tensor,
-        is_target: Tensor,
-        novelty: Tensor | None,
+        own: Own | None,
     ) -> None:
         self.kernel, self.segment = banks.kernel, segment
-        self._banks, self._found = banks, found
-        self._is_empty, self._is_target, self._novelty = is_empty, is_target, novelty
+        self._banks, self._found, self._is_empty, self._own = banks, found, is_empty, own
         self._open_answer: Tensor | None = None
 
     def has_content(self) -> Tensor:
         """Return True for banks that have something to say to a row's queries [R, N]."""
-        return ~self._is_empty | self._is_target if self.kernel.reads_open_segment else ~self._is_empty
+        return ~self._is_empty if self._own is None else ~self._is_empty | self._own.is_target
 
     def read_each(self, segment: Segment | None = None) -> Tensor:
         """Return what every bank answers [R, N, H, m, d], to the segments' queries or to those of a part of each."""
         segment = self.segment if segment is None else segment
         answers = self._banks.read(self._prepared(), segment)
-        if not self.kernel.reads_open_segment:
+        if self._own is None:
             return answers
-        own = self._read_open(segment).unsqueeze(1)
-        return answers + (own if answers.shape[1] == 1 else self._is_target.to(own.dtype)[..., None, None, None] * own)
+        own = self._read_open(segment, self._own).unsqueeze(1)
+        if answers.shape[1] == 1:
+            return answers + own
+        return answers + self._own.is_target.to(own.dtype)[..., None, None, None] * own
 
     def read_total(self) -> Tensor:
         """Return what one bank would answer that holds the sums of all of them [R, H, m, d]."""
         totals = Bank(*(self._rows(name).sum(1) for name in Bank._fields))
         prepared = self.kernel.prepare(totals, self.segment.queries.shape[2])
         answer = self._banks.read(tuple(tensor.unsqueeze(1) for tensor in prepared), self.segment).squeeze(1)
-        return answer + self._read_open(self.segment) if self.kernel.reads_open_segment else answer
+        return answer if self._own is None else answer + self._read_open(self.segment, self._own)
 
     def weigh(self, answers: Tensor, weights: Tensor) -> Tensor:
         """Return the answers [R, N, H, m, d] of the banks as one, by shares [R, N, H or 1, m or 1] of those with content.
@@ -238,12 +243,12 @@ class Snapshots:
         queries = self.segment.queries
         norms = self._rows("norm").permute(0, 2, 3, 1)  # [R, H, d, N]
         cosines = (queries @ normalize(norms, dim=-2)).permute(0, 3, 1, 2) / queries.norm(dim=-1).unsqueeze(1)
-        if not self.kernel.reads_open_segment:
+        if self._own is None:
             return cosines
-        written = (norms * self._is_target[:, None, None]).sum(-1)
-        own = self.segment.keys.cumsum(dim=2)[:, :, self.segment.keys.shape[2] - queries.shape[2] :]
-        open_cosines = torch.cosine_similarity(queries, written.unsqueeze(-2) + own, dim=-1)
-        return torch.where(self._is_target[..., None, None], open_cosines.unsqueeze(1), cosines)
+        written = (norms * self._own.is_target[:, None, None]).sum(-1)
+        open_sums = self.segment.keys.cumsum(dim=2)[:, :, self.segment.keys.shape[2] - queries.shape[2] :]
+        open_cosines = torch.cosine_similarity(queries, written.unsqueeze(-2) + open_sums, dim=-1)
+        return torch.where(self._own.is_target[..., None, None], open_cosines.unsqueeze(1), cosines)
 
     def _rows(self, name: str) -> Tensor:
         """A sum of all banks as the segments found it [R, N, ...]."""
@@ -251,14 +256,15 @@ class Snapshots:
 
     def _stacked(self, by_segment_and_bank: list[Tensor]) -> Tensor:
         """n * N tensors [B, ...] as [R, N, ...]."""
+        if len(by_segment_and_bank) == 1:  # one token after another: nothing is to be copied for each
+            return by_segment_and_bank[0].unsqueeze(1)
         return torch.stack(by_segment_and_bank, dim=1).unflatten(1, (len(self._found), -1)).flatten(0, 1)
 
-    def _read_open(self, segment: Segment) -> Tensor:
-        assert self._novelty is not None, "the kernel does not read open segments"
+    def _read_open(self, segment: Segment, own: Own) -> Tensor:
         if segment is not self.segment:
-            return self.kernel.read_open(segment, self._novelty)
+            return self.kernel.read_open(segment, own.novelty)
         if self._open_answer is None:
-            self._open_answer = self.kernel.read_open(segment, self._novelty)
+            self._open_answer = self.kernel.read_open(segment, own.novelty)
         return self._open_answer
 
     def _prepared(self) -> tuple[Tensor, ...]:

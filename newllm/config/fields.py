@@ -45,6 +45,18 @@ Count = Annotated[int, Range(minimum=1)]
 Share = Annotated[float, Range(minimum=0, maximum=1)]
 """A part of a whole, 0 to 1."""
 
+
+def not_dividing(key: str, parts: int, whole_key: str, whole: int) -> list[str]:
+    """Return what is wrong with a number of parts that must divide a width; nothing where it does."""
+    if whole % parts == 0:
+        return []
+    allowed = ", ".join(str(number) for number in range(1, whole + 1) if whole % number == 0)
+    return [
+        f"{key}={parts}: does not divide {whole_key}={whole}. Allowed: {allowed}. "
+        f"Set {key} to one of these or change {whole_key}."
+    ]
+
+
 _NAMES = {int: "an integer", float: "a number", bool: "true, false", str: "a text", type(None): "null"}
 _NOT = {int: "is not an integer", float: "is not a number", bool: "is not true or false", str: "is not a text"}
 

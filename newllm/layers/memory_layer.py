@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from newllm.config.fields import Range
+from newllm.config.fields import Range, not_dividing
 from newllm.config.schema import GroupConfig
 from newllm.layers import fused_delta
 from newllm.layers.banks import Banks, Snapshots, of_texts
@@ -51,14 +51,7 @@ class MemoryConfig(GroupConfig):
 
     def check(self, config: Any) -> list[str]:
         """Return what is wrong with the layer's options in this model."""
-        problems = []
-        dim = config.model.dim
-        if dim % self.memory_heads:
-            allowed = ", ".join(str(n) for n in range(1, dim + 1) if dim % n == 0)
-            problems.append(
-                f"layers.memory_heads={self.memory_heads}: does not divide model.dim={dim}. Allowed: {allowed}. "
-                "Set layers.memory_heads to one of these or change model.dim."
-            )
+        problems = not_dividing("layers.memory_heads", self.memory_heads, "model.dim", config.model.dim)
         own_rule = {"centred": "linear", "ridge": "linear", "delta_token": "delta"}.get(self.memory_kernel)
         if own_rule is not None and self.write not in (None, own_rule):
             problems.append(

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from newllm.config.fields import Range
+from newllm.config.fields import Range, not_dividing
 from newllm.config.schema import ModelConfig
 from newllm.layers.base import Layer
 from newllm.layers.build import build_stack
@@ -63,13 +63,7 @@ class SelectiveConfig(ModelConfig):
 
     def check(self, config: Any) -> list[str]:
         """Return what is wrong between these values."""
-        problems = []
-        if self.dim % self.num_heads != 0:
-            allowed = ", ".join(str(n) for n in range(1, self.dim + 1) if self.dim % n == 0)
-            problems.append(
-                f"model.num_heads={self.num_heads}: does not divide model.dim={self.dim}. Allowed: {allowed}. "
-                "Set model.num_heads to one of these or change model.dim."
-            )
+        problems = not_dividing("model.num_heads", self.num_heads, "model.dim", self.dim)
         if self.halting == "learned" and self.skip_interval < 2:
             problems.append(
                 f"model.skip_interval={self.skip_interval}: leaves learned halting no step to choose. Allowed: 2 or more. "

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from newllm.config.fields import Range
+from newllm.config.fields import Range, not_dividing
 from newllm.config.schema import ModelConfig
 from newllm.layers.tiny_block import TinyBlock
 from newllm.models.base import LanguageModel, LinearHead, ModelOutput
@@ -48,13 +48,7 @@ class TrmConfig(ModelConfig):
 
     def check(self, config: Any) -> list[str]:
         """Return what is wrong between these values."""
-        if self.dim % self.num_heads == 0:
-            return []
-        allowed = ", ".join(str(n) for n in range(1, self.dim + 1) if self.dim % n == 0)
-        return [
-            f"model.num_heads={self.num_heads}: does not divide model.dim={self.dim}. Allowed: {allowed}. "
-            "Set model.num_heads to one of these or change model.dim."
-        ]
+        return not_dividing("model.num_heads", self.num_heads, "model.dim", self.dim)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,10 @@ class Banks:
         current = set(enumerate(self._versions))
         self._known = {version: prepared for version, prepared in self._known.items() if version in current}
         arranged, count = self.kernel.arrange(segments), segments.queries.shape[2]
-        one_by_one = arranged.one_by_one() if writes or self.kernel.reads_open_segment else [None] * count
+        rows = arranged.as_rows()
+        one_by_one: Sequence[Segment | None] = [None] * count
+        if writes or self.kernel.reads_open_segment:
+            one_by_one = arranged.one_by_one() if count > 1 else [rows]
         found: list[dict[Version, Bank]] = []
         targets, novelties = [], []
         first_written: dict[int, int] = {}
@@ -101,15 +104,16 @@ class Banks:
                     self._pass_turn(target)
             if index in detach_after:
                 self._detach()
-        is_empty_BnN = self._is_empty_BN.unsqueeze(1).expand(-1, count, -1)
+        is_empty = self._is_empty_BN
+        if count > 1:
+            is_empty = (is_empty.unsqueeze(1) & ~self._is_after(first_written, count)).flatten(0, 1)
         if first_written:
-            is_empty_BnN = is_empty_BnN & ~self._is_after(first_written, count)
             self._is_empty_BN = self._is_empty_BN & ~self._is_one_of(first_written)
         own = None
         if self.kernel.reads_open_segment:
-            is_target = torch.stack([self._is_one_of([target]) for target in targets])
-            own = Own(is_target.repeat(len(self._is_empty_BN), 1), torch.stack(novelties, dim=1).flatten(0, 1))
-        return Snapshots(self, arranged.as_rows(), found, is_empty_BnN.flatten(0, 1), own)
+            novelty = novelties[0] if count == 1 else torch.stack(novelties, dim=1).flatten(0, 1)
+            own = Own(self._is_target(targets), novelty)
+        return Snapshots(self, rows, found, is_empty, own)
 
     def read(self, prepared: tuple[Tensor, ...], segment: Segment) -> Tensor:
         """Return what prepared banks answer [R, N, H, m, d], or numerators and denominators side by side [R, N, H, m, d + 1]."""
@@ -153,6 +157,12 @@ class Banks:
         """True where a bank was written before a segment of the call [n, N]; in whole tensors, which no device waits for."""
         indices = torch.arange(count, device=self._is_empty_BN.device)
         return torch.stack([indices > first_written.get(bank, count) for bank in range(len(self))], dim=1)
+
+    def _is_target(self, targets: Sequence[int]) -> Tensor:
+        """True for the target of each row [R, N]."""
+        if len(self) == 1:
+            return self._is_empty_BN.new_ones(len(targets) * len(self._is_empty_BN), 1)
+        return torch.stack([self._is_one_of([target]) for target in targets]).repeat(len(self._is_empty_BN), 1)
 
     def _is_one_of(self, banks: Collection[int]) -> Tensor:
         """True for those banks [N]."""
@@ -256,8 +266,8 @@ class Snapshots:
 
     def _stacked(self, by_segment_and_bank: list[Tensor]) -> Tensor:
         """n * N tensors [B, ...] as [R, N, ...]."""
-        if len(by_segment_and_bank) == 1:  # one token after another: nothing is to be copied for each
-            return by_segment_and_bank[0].unsqueeze(1)
+        if len(self._found) == 1:
+            return torch.stack(by_segment_and_bank, dim=1)
         return torch.stack(by_segment_and_bank, dim=1).unflatten(1, (len(self._found), -1)).flatten(0, 1)
 
     def _read_open(self, segment: Segment, own: Own) -> Tensor:
@@ -270,7 +280,9 @@ class Snapshots:
     def _prepared(self) -> tuple[Tensor, ...]:
         """What reads of all banks need [R, N, ...]."""
         if len(self._found[0]) == 1:
-            bank = Bank(*(self._rows(name).squeeze(1) for name in Bank._fields))
+            (bank,) = self._found[0].values()
+            if len(self._found) > 1:
+                bank = Bank(*(self._rows(name).squeeze(1) for name in Bank._fields))
             return tuple(tensor.unsqueeze(1) for tensor in self.kernel.prepare(bank, self.segment.queries.shape[2]))
         prepared = [self._banks.prepared(*item) for banks in self._found for item in banks.items()]
         return tuple(self._stacked(list(tensors)) for tensors in zip(*prepared, strict=True))
@@ -278,6 +290,8 @@ class Snapshots:
 
 def of_texts(rows: Tensor, num_segments: int, *, axis: int) -> Tensor:
     """Return rows of segments as texts again: [B * n, ..., m, ...] to [B, ..., n * m, ...], behind `axis` axes without that of rows."""
+    if num_segments == 1:
+        return rows
     return rows.unflatten(0, (-1, num_segments)).movedim(1, axis + 1).flatten(axis + 1, axis + 2)
 
 

@@ -39,6 +39,8 @@ class Segment(NamedTuple):
 
     def as_rows(self) -> Segment:
         """Return segments that stand side by side as rows, a text's segments one after another."""
+        if self.keys.shape[2] == 1:  # a step of one token: an operation less for each
+            return self._of([tensor.squeeze(2) for tensor in self._tensors()])
         return self._of([tensor.transpose(1, 2).flatten(0, 1) for tensor in self._tensors()])
 
     def _tensors(self) -> tuple[Tensor, ...]:

@@ -265,8 +265,7 @@ class MemoryLayer(Layer):
                 if decisions is not None:
                     decisions = of_texts(decisions, count, axis=decisions.dim() - 2)
                 recalls.append(Recall(of_texts(values, count, axis=1), decisions))
-                has_content = seen.has_content().any(1, keepdim=True).expand(-1, asked)
-                contents.append(has_content.unflatten(0, (-1, count)).flatten(1))
+                contents.append(of_texts(seen.has_content().any(1, keepdim=True).expand(-1, asked), count, axis=0))
             closed += count * is_whole
         recalled = torch.cat([recall.values for recall in recalls], dim=2)
         has_content = torch.cat(contents, dim=1).unsqueeze(1).unsqueeze(-1)  # [B, T] -> [B, 1, T, 1]

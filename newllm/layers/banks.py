@@ -84,7 +84,7 @@ class Banks:
         current = set(enumerate(self._versions))
         self._known = {version: prepared for version, prepared in self._known.items() if version in current}
         arranged, count = self.kernel.arrange(segments), segments.queries.shape[2]
-        rows = arranged.as_rows()
+        rows, writes = arranged.as_rows(), writes and not all(self._frozen)
         one_by_one: Sequence[Segment | None] = [None] * count
         if writes or self.kernel.reads_open_segment:
             one_by_one = arranged.one_by_one() if count > 1 else [rows]
@@ -98,10 +98,10 @@ class Banks:
             if segment is not None:
                 bank = self._banks[targets[-1]]
                 novelties.append(self.kernel.novelty(bank, segment))
-                if writes and target is not None:
-                    self._replace(target, self.kernel.write(bank, segment, novelties[-1]))
-                    first_written.setdefault(target, index)
-                    self._pass_turn(target)
+                if writes:
+                    self._replace(targets[-1], self.kernel.write(bank, segment, novelties[-1]))
+                    first_written.setdefault(targets[-1], index)
+                    self._pass_turn(targets[-1])
             if index in detach_after:
                 self._detach()
         is_empty = self._is_empty_BN

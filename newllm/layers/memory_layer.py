@@ -259,7 +259,7 @@ class MemoryLayer(Layer):
                 recalls.append(Recall(banks.pass_over_fused(segments), None))
                 contents.append(segments.values.new_ones(segments.values.shape[0], count * length, dtype=torch.bool))
             else:
-                detach_after = [] if every is None else [i for i in range(count) if (closed + i + 1) % every == 0]
+                detach_after = [i for i in range(count * is_whole) if every and (closed + i + 1) % every == 0]
                 seen = banks.pass_over(segments, writes=update_memory and is_whole, detach_after=detach_after)
                 values, decisions = self.recall(seen)
                 if decisions is not None:

@@ -1,5 +1,6 @@
 """What holds for every layer and every option of it."""
 
+import dataclasses
 import math
 
 import pytest
@@ -184,6 +185,17 @@ def test_detach_every_cuts_the_gradient_after_that_many_segments(name):
 
     assert gradient[:, : 2 * SEGMENT].abs().sum() == 0
     assert gradient[:, 2 * SEGMENT : 3 * SEGMENT].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", MEMORY_OPTIONS)
+def test_detach_every_leaves_the_gradient_alone_while_a_segment_is_open(name):
+    layer = build(name, detach_every=1)
+    before = layer(texts(1, SEGMENT), empty(layer, 1))[1].detach()
+    memory = dataclasses.replace(before.memory, matrix=before.memory.matrix.clone().requires_grad_())
+
+    _, after = layer(texts(1, SEGMENT - 1), dataclasses.replace(before, memory=memory))
+
+    assert after.memory.matrix.requires_grad
 
 
 @pytest.mark.parametrize("name", MEMORY_OPTIONS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +16,9 @@ from newllm.config.schema import RuntimeConfig
 from newllm.layers import fused_delta
 from newllm.layers.base import Layer
 from newllm.layers.memory_layer import MemoryLayer
+from newllm.processor import multiplies_bf16
 
 log = logging.getLogger(__name__)
-
-CPU_FLAGS = Path("/proc/cpuinfo")
 
 
 def check_devices(runtime: RuntimeConfig) -> None:
@@ -55,10 +53,10 @@ def set_threads(runtime: RuntimeConfig) -> None:
 def warn_of_loss(runtime: RuntimeConfig) -> None:
     """Say which choices of precision and compilation cost more than they give here."""
     if runtime.accelerator == "cpu":
-        if runtime.precision == "bf16-mixed" and not _has_amx():
+        if runtime.precision == "bf16-mixed" and not multiplies_bf16():
             log.warning(
-                "runtime.precision=bf16-mixed: this CPU has no AMX, where bf16 products are many times slower than fp32. "
-                "runtime.precision=32-true is faster here."
+                "runtime.precision=bf16-mixed: this CPU has no instructions for bf16, its products are many times slower than those of "
+                "fp32. runtime.precision=32-true is faster here."
             )
         if runtime.compile:
             log.warning(
@@ -127,7 +125,3 @@ def _strategy(runtime: RuntimeConfig) -> Strategy | str:
         return "auto"
     # Some procedures leave parameters without gradient in some steps. No buffer differs between ranks.
     return DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
-
-
-def _has_amx() -> bool:
-    return CPU_FLAGS.exists() and "amx_bf16" in CPU_FLAGS.read_text()

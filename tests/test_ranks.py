@@ -261,20 +261,21 @@ def test_what_devices_cannot_do_is_refused(overrides: list[str], named: str):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "flags", "said"),
     [
-        (["runtime.compile=true"], ["runtime.compile=true: compiling takes minutes on a CPU"]),
-        (["runtime.precision=bf16-mixed"], ["runtime.precision=bf16-mixed: this CPU has no AMX"]),
-        ([], []),
+        (["runtime.compile=true"], "avx2", ["runtime.compile=true: compiling takes minutes on a CPU"]),
+        (["runtime.precision=bf16-mixed"], "avx2", ["runtime.precision=bf16-mixed: this CPU has no instructions for"]),
+        (["runtime.precision=bf16-mixed"], "avx2 avx512_bf16", []),
+        ([], "avx2", []),
     ],
 )
-def test_what_does_not_pay_is_said(overrides: list[str], said: list[str], caplog, tmp_path: Path, monkeypatch):
-    (tmp_path / "cpuinfo").write_text("flags : avx2 avx512_bf16")
-    monkeypatch.setattr("newllm.hardware.CPU_FLAGS", tmp_path / "cpuinfo")
+def test_what_does_not_pay_is_said(overrides, flags: str, said: list[str], caplog, tmp_path: Path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}")
+    monkeypatch.setattr("newllm.processor.CPU_INFO", tmp_path / "cpuinfo")
 
     warn_of_loss(compose(overrides).runtime)
 
-    assert [message.partition(", where")[0].partition(" and gains")[0] for message in caplog.messages] == said
+    assert [message.partition(" bf16,")[0].partition(" and gains")[0] for message in caplog.messages] == said
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from newllm.linear import Linear
 from newllm.state import State
 
 
@@ -63,8 +64,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, mlp_dim: int) -> None:
         super().__init__()
-        self.up = nn.Linear(dim, mlp_dim)
-        self.down = nn.Linear(mlp_dim, dim)
+        self.up = Linear(dim, mlp_dim)
+        self.down = Linear(mlp_dim, dim)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down(nn.functional.gelu(self.up(hidden)))

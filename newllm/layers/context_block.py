@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from newllm.linear import Linear
+
 Plan = Literal["A", "E", "F", "G", "none"]
 Source = Literal["own", "last", "previous", "none"]
 
@@ -29,7 +31,7 @@ class FeedForward(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, *, num_layers: int, expand: int) -> None:
         super().__init__()
         widths = [in_dim, *[expand * in_dim] * (num_layers - 1), out_dim]
-        self.linears = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
+        self.linears = nn.ModuleList(Linear(*pair) for pair in pairwise(widths))
 
     def forward(self, hidden: Tensor) -> Tensor:
         for linear in self.linears:
@@ -71,7 +73,7 @@ class TokenLayer(nn.Module):
     def __init__(self, context_dim: int, in_dim: int, out_dim: int, *, ffn_layers: int, ffn_expand: int) -> None:
         super().__init__()
         self.ffn = FeedForward(context_dim + in_dim, out_dim, num_layers=ffn_layers, expand=ffn_expand)
-        self.residual = nn.Identity() if in_dim == out_dim else nn.Linear(in_dim, out_dim)
+        self.residual = nn.Identity() if in_dim == out_dim else Linear(in_dim, out_dim)
         self.norm = nn.LayerNorm(out_dim)
 
     def forward(self, hidden: Tensor, *, context: Tensor | None) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from newllm.linear import Linear
+
 UpdateKind = Literal["additive", "convex", "dual", "ema", "gated", "layernorm"]
 
 EMA_KEPT = 0.9
@@ -29,9 +31,9 @@ class ContextUpdate(nn.Module):
     def __init__(self, context_dim: int, hidden_dim: int, kind: UpdateKind) -> None:
         super().__init__()
         self.kind = kind
-        self.change = nn.Linear(hidden_dim, context_dim)
+        self.change = Linear(hidden_dim, context_dim)
         num_gates = {"gated": 2, "convex": 1}.get(kind, 0)
-        self.gates = nn.ModuleList(nn.Linear(hidden_dim, context_dim) for _ in range(num_gates))
+        self.gates = nn.ModuleList(Linear(hidden_dim, context_dim) for _ in range(num_gates))
         self.norm = nn.LayerNorm(context_dim) if kind in ("gated", "layernorm") else nn.Identity()
 
     def forward(self, context: Tensor, hidden: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from newllm.linear import Linear
+
 FeedbackKind = Literal["none", "additive", "gated"]
 
 
@@ -24,9 +26,9 @@ class Feedback(nn.Module):
     def __init__(self, dim: int, kind: Literal["additive", "gated"]) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.projection = nn.Linear(dim, dim, bias=False)
+        self.projection = Linear(dim, dim, bias=False)
         if kind == "gated":
-            self.feedback_gate = nn.Linear(2 * dim, dim)
+            self.feedback_gate = Linear(2 * dim, dim)
         self.is_gated = kind == "gated"
 
     def start_at_zero(self) -> None:

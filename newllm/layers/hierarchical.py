@@ -15,6 +15,7 @@ from newllm.layers.banks import Snapshots
 from newllm.layers.kernels import take_positions
 from newllm.layers.memory_layer import MemoryConfig, MemoryLayer, Recall
 from newllm.layers.multi_memory import choice_flops, choose, selection_gate
+from newllm.linear import Linear
 
 EXPANSION_WIDTH = 128
 
@@ -59,7 +60,7 @@ class HierarchicalLayer(MemoryLayer):
         super().__init__(dim, mlp_dim, config, num_banks=config.num_memories, segments_per_bank=1)
         self.expand_threshold = config.expand_threshold
         self.selection_gate = selection_gate()
-        self.expansion_gate = nn.Sequential(nn.Linear(dim, EXPANSION_WIDTH), nn.ReLU(), nn.Linear(EXPANSION_WIDTH, 1))
+        self.expansion_gate = nn.Sequential(Linear(dim, EXPANSION_WIDTH), nn.ReLU(), Linear(EXPANSION_WIDTH, 1))
 
     @property
     def reads_side_by_side(self) -> bool:

@@ -22,6 +22,7 @@ from newllm.layers.kernels import DeltaToken, make_kernel
 from newllm.layers.memory import divide
 from newllm.layers.memory_state import MemoryLayerState
 from newllm.layers.segments import Segments, Tokens, cut, linear_attention, side_by_side, softmax_attention
+from newllm.linear import Linear
 from newllm.state import by_groups
 
 
@@ -123,13 +124,13 @@ class MemoryLayer(Layer):
         self.num_heads, self.head_dim = config.memory_heads, dim // config.memory_heads
         self.attention_norm = nn.LayerNorm(dim)
         self.mlp_norm = nn.LayerNorm(dim)
-        self.query = nn.Linear(dim, dim, bias=False)
-        self.key = nn.Linear(dim, dim, bias=False)
-        self.value = nn.Linear(dim, dim, bias=False)
-        self.output = nn.Linear(dim, dim, bias=False)
+        self.query = Linear(dim, dim, bias=False)
+        self.key = Linear(dim, dim, bias=False)
+        self.value = Linear(dim, dim, bias=False)
+        self.output = Linear(dim, dim, bias=False)
         self.mlp = MLP(dim, mlp_dim)
         if self.kernel.has_strengths:
-            self.strength = nn.Linear(dim, self.num_heads, bias=False)
+            self.strength = Linear(dim, self.num_heads, bias=False)
         if config.mix == "gate" and config.local != "none":
             self.memory_gate = nn.Parameter(torch.zeros(self.num_heads))
 

@@ -12,6 +12,7 @@ from newllm.config.fields import Range
 from newllm.config.schema import LayerConfig
 from newllm.layers.base import MLP, Layer
 from newllm.layers.rotary import rotate
+from newllm.linear import Linear
 from newllm.state import State, by_groups
 
 
@@ -71,8 +72,8 @@ class PythiaLayer(Layer):
         self.rotary_base, self.window = config.rotary_base, config.window
         self.attention_norm = nn.LayerNorm(dim)
         self.mlp_norm = nn.LayerNorm(dim)
-        self.query_key_value = nn.Linear(dim, 3 * dim)
-        self.output = nn.Linear(dim, dim)
+        self.query_key_value = Linear(dim, 3 * dim)
+        self.output = Linear(dim, dim)
         self.mlp = MLP(dim, mlp_dim)
 
     def initial_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> PythiaState:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from newllm.layers.base import MLP
+from newllm.linear import Linear
 
 
 class TinyBlock(nn.Module):
@@ -25,8 +26,8 @@ class TinyBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int, mlp_dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.query_key_value = nn.Linear(dim, 3 * dim)
-        self.output = nn.Linear(dim, dim)
+        self.query_key_value = Linear(dim, 3 * dim)
+        self.output = Linear(dim, dim)
         self.attention_norm = nn.LayerNorm(dim)
         self.mlp = MLP(dim, mlp_dim)
         self.mlp_norm = nn.LayerNorm(dim)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from newllm.linear import linear, multiply, outer
+
 NO_TARGET = -100
 
 # Bytes of the logits made at once, by device. On a CPU a chunk that is written, read and written again should not leave the
@@ -21,8 +23,9 @@ NO_TARGET = -100
 MAX_LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**30}
 
 
-# Rows of a chunk of `mean_nats` on a CPU: enough for the products to be at full speed, few enough to stay in the caches.
-ROWS_PER_CHUNK = 256
+# Logits of `mean_nats` at once on a CPU: as many as stay in the caches, of a large vocabulary the rows that products need to be fast.
+CACHED_LOGITS_BYTES = 2**24
+LEAST_ROWS = 256
 
 
 def rows_at_once(features_NF: Tensor, vocab_size: int) -> int:
@@ -34,7 +37,9 @@ def rows_at_once(features_NF: Tensor, vocab_size: int) -> int:
 def rows_of_chunks(features_NF: Tensor, vocab_size: int) -> int:
     """Return how many rows `mean_nats` should take at once on the device, within its limit."""
     limit = rows_at_once(features_NF, vocab_size)
-    return min(limit, ROWS_PER_CHUNK) if features_NF.device.type == "cpu" else limit
+    if features_NF.device.type != "cpu":
+        return limit
+    return min(limit, max(LEAST_ROWS, CACHED_LOGITS_BYTES // (max(4, features_NF.element_size()) * vocab_size)))
 
 
 def mean_nats(features_NF: Tensor, weight: Tensor, bias: Tensor | None, targets_N: Tensor, *, rows: int) -> Tensor:
@@ -60,7 +65,7 @@ def row_nats(features_NF: Tensor, weight: Tensor, bias: Tensor | None, targets_N
     """
 
     def part(features: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        logits = at_least_fp32(nn.functional.linear(features, weight, bias))
+        logits = at_least_fp32(linear(features, weight, bias))
         return nn.functional.cross_entropy(logits, targets, ignore_index=NO_TARGET, reduction="none")
 
     chunks = zip(features_NF.split(rows), targets_N.split(rows), strict=True)
@@ -110,37 +115,38 @@ class _MeanNats(torch.autograd.Function):
         wants_features, wants_weight, wants_bias = (differentiate and wanted for wanted in ctx.needs_input_grad[:3])
         is_target = (targets != NO_TARGET).unsqueeze(1)
         num_targets = is_target.sum()
+        # The narrow factors leave out rows without a target and take the mean: the wide ones are not read once more for it. In half
+        # precision a share of many targets would vanish.
+        is_mean = features.dtype == wide
+        share = is_target / num_targets if is_mean else is_target
         total = features.new_zeros((), dtype=wide)
         by_features = torch.empty_like(features) if wants_features else None
         by_weight: Tensor | None = None
         by_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wants_bias else None
+        to_add = None if bias is None else bias.to(features.dtype)
         nats_and_gradient = _part(features.device.type)
         # One piece of memory for all chunks: a new one each time is new pages each time.
         memory = features.new_empty(min(rows, features.shape[0]), weight.shape[0])
         for start in range(0, features.shape[0], rows):
             part = slice(start, start + rows)
-            logits = memory[: features[part].shape[0]]
-            if bias is None:
-                torch.mm(features[part], weight.T, out=logits)
-            else:
-                torch.addmm(bias.to(logits.dtype), features[part], weight.T, out=logits)
+            logits = multiply(features[part], weight, to_add, out=memory[: features[part].shape[0]])
             nats, gradient = nats_and_gradient(logits, targets[part])
             total += nats.sum()
-            # Rows without a target are left out of the narrow factors: the wide one is not read once more for them.
             gradient = gradient.to(features.dtype)
             if by_features is not None:
-                torch.mm(gradient, weight, out=by_features[part])
-                by_features[part].mul_(is_target[part])
+                torch.mul(multiply(gradient, weight.T), share[part], out=by_features[part])
             if wants_weight:
-                counted = features[part] * is_target[part]
+                counted = features[part] * share[part]
                 if by_weight is None:
-                    by_weight = (gradient.T @ counted).to(wide)
+                    by_weight = outer(gradient, counted).to(wide)
                 elif by_weight.dtype == gradient.dtype:
                     by_weight.addmm_(gradient.T, counted)
                 else:
                     by_weight += gradient.T @ counted
             if by_bias is not None:
-                by_bias += is_target[part].to(gradient.dtype).T.matmul(gradient).squeeze(0)
+                by_bias += share[part].to(gradient.dtype).T.matmul(gradient).squeeze(0)
+            del logits, gradient  # before the next chunk has its own
+        ctx.is_mean = is_mean
         ctx.save_for_backward(by_features, by_weight, by_bias, num_targets)
         ctx.dtypes = (features.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total / num_targets
@@ -149,7 +155,10 @@ class _MeanNats(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor | None, ...]:
         *gradients, num_targets = ctx.saved_tensors
-        scale = by_loss / num_targets
+        scale = by_loss if ctx.is_mean else by_loss / num_targets
+        # A gradient as large as the embedding is not copied for nothing. Asked in the host's memory only, where nothing waits for it.
+        if scale.device.type == "cpu" and scale.numpy() == 1:
+            return (*gradients, None, None, None)
         scaled = [
             None if gradient is None else (gradient * scale).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from newllm.config.fields import Range
 from newllm.config.schema import ModelConfig
 from newllm.layers.context_block import ContextBlock, TokenBlock, initialise
+from newllm.linear import Linear, linear
 from newllm.models.base import LanguageModel, LinearHead, ModelOutput
 from newllm.models.context_state import ContextState, token_window
 
@@ -77,7 +78,7 @@ class ContextLM(LanguageModel):
         self.token_block = TokenBlock(
             config.context_dim, config.dim, num_input_tokens=config.num_input_tokens, plan=config.plan, **shape
         )
-        self.head = None if config.weight_tying else nn.Linear(config.dim, vocab_size)
+        self.head = None if config.weight_tying else Linear(config.dim, vocab_size)
         initialise(self)
         if config.init == "original":
             initialise(self.context_block, weight_std=0.1, bias_std=0.01)
@@ -113,7 +114,7 @@ class ContextLM(LanguageModel):
         return ModelOutput(None, torch.cat([contexts[-1], predicting], dim=-1), next_state)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(*self.linear_head(hidden))
+        return linear(*self.linear_head(hidden))
 
     def linear_head(self, hidden: Tensor) -> LinearHead:
         weight, bias = (self.embedding.weight, None) if self.head is None else (self.head.weight, self.head.bias)

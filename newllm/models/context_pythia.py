@@ -17,6 +17,7 @@ from newllm.config.schema import ModelConfig
 from newllm.layers.base import Layer
 from newllm.layers.build import build_stack
 from newllm.layers.context_block import ContextBlock, initialise
+from newllm.linear import Linear
 from newllm.models.base import LanguageModel, LinearHead, ModelOutput
 from newllm.models.context_state import ContextState
 from newllm.state import State
@@ -110,10 +111,10 @@ class ContextPythia(LanguageModel):
             ffn_layers=config.ffn_layers,
             ffn_expand=config.ffn_expand,
         )
-        self.projection = nn.Linear(self.context_dim, self.layer_dim, bias=False)
+        self.projection = Linear(self.context_dim, self.layer_dim, bias=False)
         self.layers = nn.ModuleList(layers)
         self.final_norm = nn.LayerNorm(self.layer_dim)
-        self.head = nn.Linear(self.layer_dim, vocab_size, bias=False)
+        self.head = Linear(self.layer_dim, vocab_size, bias=False)
         initialise(self)
 
     def initial_state(

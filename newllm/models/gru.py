@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from newllm.config.fields import Range
 from newllm.config.schema import ModelConfig
 from newllm.layers.context_block import initialise
+from newllm.linear import Linear, linear
 from newllm.models.base import LanguageModel, ModelOutput
 from newllm.state import State
 
@@ -63,7 +64,7 @@ class Gru(LanguageModel):
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.embedding_norm = nn.LayerNorm(config.dim)
         self.gru = nn.GRU(config.dim, config.units, config.num_layers, batch_first=True)
-        self.output = nn.Linear(config.units, config.dim)
+        self.output = Linear(config.units, config.dim)
         self.norm = nn.LayerNorm(config.dim)
         initialise(self)
 
@@ -89,7 +90,7 @@ class Gru(LanguageModel):
         return ModelOutput(None, hidden, GruState(last.transpose(0, 1)))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, self.embedding.weight)
+        return linear(hidden, self.embedding.weight)
 
     def flops_per_token(self, length: int) -> float:
         gates = sum(weight.numel() for name, weight in self.gru.named_parameters() if name.startswith("weight"))

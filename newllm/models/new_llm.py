@@ -16,6 +16,7 @@ from newllm.config.fields import Range
 from newllm.config.schema import ModelConfig
 from newllm.layers.context_block import initialise
 from newllm.layers.context_update import ContextUpdate
+from newllm.linear import Linear
 from newllm.models.base import LanguageModel, LinearHead, ModelOutput
 from newllm.models.context_state import ContextState
 
@@ -76,9 +77,9 @@ class NewLlm(LanguageModel):
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.positions = None if config.num_positions is None else nn.Embedding(config.num_positions, config.dim)
         widths = [config.dim + config.context_dim, *[config.hidden_dim] * config.num_layers]
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
+        self.layers = nn.ModuleList(Linear(*pair) for pair in pairwise(widths))
         self.update = ContextUpdate(config.context_dim, config.hidden_dim, config.update)
-        self.head = nn.Linear(config.hidden_dim, vocab_size)
+        self.head = Linear(config.hidden_dim, vocab_size)
         initialise(self)
 
     def initial_state(

@@ -23,6 +23,7 @@ from newllm.config.fields import Range, not_dividing
 from newllm.config.schema import ModelConfig
 from newllm.layers.base import Layer
 from newllm.layers.build import build_stack
+from newllm.linear import Linear
 from newllm.models.base import LanguageModel, LinearHead, ModelOutput
 from newllm.models.transformer import initialise
 from newllm.state import State
@@ -133,20 +134,20 @@ class SelectiveLM(LanguageModel):
         self.embedding = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(layers)
         self.final_norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, vocab_size, bias=False)
+        self.head = Linear(dim, vocab_size, bias=False)
         # Drawn before what only this model has: with one step the weights of a seed are those of the plain model.
         self.apply(initialise)
         self.carry_projection: nn.Linear | None = None
         self.pause: nn.Embedding | None = None
         self.halting_gate: nn.Linear | None = None
         if carry == "projection" and skip_interval > 1:
-            self.carry_projection = nn.Linear(dim, dim)
+            self.carry_projection = Linear(dim, dim)
             initialise(self.carry_projection)
         if carry == "pause" and skip_interval > 1:
             self.pause = nn.Embedding(skip_interval - 1, dim)
             initialise(self.pause)
         if halting == "learned":
-            self.halting_gate = nn.Linear(dim, 1)
+            self.halting_gate = Linear(dim, 1)
             nn.init.zeros_(self.halting_gate.weight)
             nn.init.zeros_(self.halting_gate.bias)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from newllm.config.fields import Range
 from newllm.config.schema import ModelConfig
 from newllm.layers.context_block import TokenLayer, initialise
+from newllm.linear import linear
 from newllm.models.base import LanguageModel, ModelOutput
 from newllm.models.context_state import token_window
 from newllm.state import State
@@ -90,7 +91,7 @@ class TokenWindow(LanguageModel):
         return ModelOutput(None, hidden, TokenWindowState(window))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden, self.embedding.weight)
+        return linear(hidden, self.embedding.weight)
 
     def flops_per_token(self, length: int) -> float:
         linears = sum(part.weight.numel() for part in self.modules() if isinstance(part, nn.Linear))

@@ -14,6 +14,7 @@ from newllm.config.schema import ModelConfig
 from newllm.layers.base import Layer
 from newllm.layers.build import build_stack
 from newllm.layers.feedback import Feedback, FeedbackKind
+from newllm.linear import Linear
 from newllm.models.base import LanguageModel, LinearHead, ModelOutput
 from newllm.state import State
 
@@ -71,7 +72,7 @@ class TransformerLM(LanguageModel):
         self.embedding = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(layers)
         self.final_norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, vocab_size, bias=False)
+        self.head = Linear(dim, vocab_size, bias=False)
         self.feedback = None if feedback == "none" else Feedback(dim, feedback)
         self.has_feedback = self.feedback is not None
         self.apply(initialise)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from newllm.config.fields import Range, not_dividing
 from newllm.config.schema import ModelConfig
 from newllm.layers.tiny_block import TinyBlock
+from newllm.linear import Linear
 from newllm.models.base import LanguageModel, LinearHead, ModelOutput
 from newllm.models.transformer import initialise
 from newllm.state import State, by_groups
@@ -126,11 +127,11 @@ class TrmLM(LanguageModel):
         self.latent_steps, self.deep_steps, self.supervision_steps = latent_steps, deep_steps, supervision_steps
         self.embedding = nn.Embedding(vocab_size, dim)
         self.position = nn.Embedding(max_positions, dim)
-        self.latent_input = nn.Linear(3 * dim, dim)
-        self.answer_input = nn.Linear(2 * dim, dim)
+        self.latent_input = Linear(3 * dim, dim)
+        self.answer_input = Linear(2 * dim, dim)
         self.blocks = nn.ModuleList(TinyBlock(dim, num_heads, mlp_dim) for _ in range(num_layers))
-        self.halting_gate = nn.Linear(dim, 1)
-        self.head = nn.Linear(dim, vocab_size, bias=False)
+        self.halting_gate = Linear(dim, 1)
+        self.head = Linear(dim, vocab_size, bias=False)
         self.head.weight = self.embedding.weight
         self.apply(initialise)
         # Answers leave a LayerNorm, so scores need a small E: at N(0, 1) the first loss is several times ln V.

@@ -28,7 +28,8 @@ def plain_mean(features: Tensor, weight: Tensor, bias: Tensor | None, targets: T
 
 @pytest.mark.parametrize("rows", [1, 3, 4, ROWS, 99])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_chunks_give_the_loss_and_gradients_of_whole_logits(rows: int, with_bias: bool) -> None:
+@pytest.mark.parametrize("factor", [1, 3], ids=["the loss", "a multiple, as accumulation takes"])
+def test_chunks_give_the_loss_and_gradients_of_whole_logits(rows: int, with_bias: bool, factor: int) -> None:
     *inputs, targets = made(with_bias=with_bias)
     wanted = [tensor for tensor in inputs if tensor is not None]
 
@@ -36,8 +37,8 @@ def test_chunks_give_the_loss_and_gradients_of_whole_logits(rows: int, with_bias
     chunked = mean_nats(*inputs, targets, rows=rows)
 
     torch.testing.assert_close(chunked, plain, rtol=1e-6, atol=0)
-    # Differentiated with another factor than 1: accumulation divides the loss.
-    pairs = zip(torch.autograd.grad(3 * chunked, wanted), torch.autograd.grad(3 * plain, wanted), strict=True)
+    multiples = (factor * chunked, factor * plain)
+    pairs = zip(*(torch.autograd.grad(multiple, wanted) for multiple in multiples), strict=True)
     for ours, theirs in pairs:
         assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 

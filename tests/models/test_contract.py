@@ -164,6 +164,10 @@ def test_float64_agrees_with_float32_and_is_exact_in_pieces(model: LanguageModel
     assert (full - pieces).abs().max() < 1e-10
 
 
+def test_linear_maps_are_multiplied_by_the_faster_product(model: LanguageModel):
+    assert [name for name, part in model.named_modules() if type(part) is nn.Linear] == []
+
+
 def test_every_parameter_is_counted_once(model: LanguageModel):
     counted = count_parameters(model)
 

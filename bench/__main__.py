@@ -14,6 +14,7 @@ import torch
 
 from bench import measure
 from bench.measure import Found, NotWrittenError, describe_load, is_busy, machine, write
+from newllm.hardware import keep_freed_memory
 
 # From the shortest; a title, and where the bench stands.
 BENCHES = {
@@ -42,6 +43,8 @@ def main() -> None:
     """Run what was named."""
     names, device, quick = _asked(sys.argv[1:])
     measure.DEVICE = device
+    if device == "cpu":
+        keep_freed_memory()  # as train.py; the peers, which would not, gain from it too
     refused = False
     for name in names:
         about, started = machine(), time.monotonic()

@@ -30,7 +30,7 @@ def by_segments(
     options: dict[str, Any] = {"current": 0, "segments_written": 0, "segments_per_bank": 1, "frozen": (False,)}
     banks, answers = Banks(kernel, empty, **options), []
     for segments in cut(queries, Tokens(keys, values, strengths), SEGMENT, at_once=banks.segments_at_once()):
-        rows = banks.pass_over(segments, writes=True).read_each()[:, 0]
+        rows = banks.pass_over(segments, writes=True).read_only()
         answers.append(of_texts(rows, segments.queries.shape[2], axis=1))
     return torch.cat(answers, dim=2), banks.memory.matrix[:, 0]
 

@@ -72,7 +72,7 @@ def delta_against_loop(length: int, dim: int, rounds: int) -> tuple[list[Row], f
         banks, answers = Banks(kernel, memory, **options), []
         q, k, v, s = (tensor[None, None] for tensor in (queries, keys, values, strengths))
         for segments in cut(q, Tokens(k, v, s), SEGMENT, at_once=banks.segments_at_once()):
-            rows = banks.pass_over(segments, writes=True).read_each()[:, 0]
+            rows = banks.pass_over(segments, writes=True).read_only()
             answers.append(of_texts(rows, segments.queries.shape[2], axis=1))
         torch.cat(answers, dim=2).sum().backward()
 

@@ -16,6 +16,7 @@ from newllm.config.command_line import refuse
 from newllm.config.schema import EvaluateConfig, EvaluationConfig
 from newllm.config.typed import real_config
 from newllm.evaluation.material import Material
+from newllm.hardware import keep_freed_memory
 from newllm.load import LoadedRun, load_run
 from newllm.models.base import LanguageModel
 from newllm.whole_file import write_whole
@@ -41,6 +42,8 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
         num_threads = config.runtime.num_threads or run.config.runtime.num_threads
         if num_threads is not None:
             torch.set_num_threads(num_threads)
+        if config.runtime.accelerator == "cpu":
+            keep_freed_memory()
         evaluations = _with_prompt(config)
         for measurement in evaluations.values():
             problems = measurement.check(run.config)

@@ -115,15 +115,22 @@ class Banks:
             own = Own(self._is_target(targets), novelty)
         return Snapshots(self, rows, found, is_empty, own)
 
-    def read(self, prepared: tuple[Tensor, ...], segment: Segment) -> Tensor:
-        """Return what prepared banks answer [R, N, H, m, d], or numerators and denominators side by side [R, N, H, m, d + 1]."""
-        answer = self.kernel.sums if self.with_sums and isinstance(self.kernel, Elu) else self.kernel.read
-        return answer(prepared, segment)
+    def read(self, bank: Bank, segment: Segment) -> Tensor:
+        """Return what a bank answers [R, H, m, d], or numerator and denominator side by side [R, H, m, d + 1]."""
+        if self.with_sums and isinstance(self.kernel, Elu):
+            return self.kernel.sums(bank, segment)
+        return self.kernel.read(bank, segment)
+
+    def read_weighted(self, prepared: tuple[Tensor, ...], segment: Segment, weights: Tensor) -> Tensor:
+        """Return the weighted sum of prepared banks' answers as `read` returns one."""
+        if self.with_sums and isinstance(self.kernel, Elu):
+            return self.kernel.sums_weighted(prepared, segment, weights)
+        return self.kernel.read_weighted(prepared, segment, weights)
 
     def prepared(self, version: Version, bank: Bank) -> tuple[Tensor, ...]:
         """Return what reads of one of several banks need: most segments find what the one before found, and it is made once."""
         if version not in self._known:
-            self._known[version] = self.kernel.prepare(bank, None)
+            self._known[version] = self.kernel.prepare(bank)
         return self._known[version]
 
     def can_fuse(self) -> bool:
@@ -216,37 +223,44 @@ class Snapshots:
         self.kernel, self.segment = banks.kernel, segment
         self._banks, self._found, self._is_empty, self._own = banks, found, is_empty, own
         self._open_answer: Tensor | None = None
+        self._stacks: dict[str, Tensor] = {}
 
     def has_content(self) -> Tensor:
         """Return True for banks that have something to say to a row's queries [R, N]."""
         return ~self._is_empty if self._own is None else ~self._is_empty | self._own.is_target
 
-    def read_each(self, segment: Segment | None = None) -> Tensor:
-        """Return what every bank answers [R, N, H, m, d], to the segments' queries or to those of a part of each."""
-        segment = self.segment if segment is None else segment
-        answers = self._banks.read(self._prepared(), segment)
-        if self._own is None:
-            return answers
-        own = self._read_open(segment, self._own).unsqueeze(1)
-        if answers.shape[1] == 1:
-            return answers + own
-        return answers + self._own.is_target.to(own.dtype)[..., None, None, None] * own
+    def read_only(self) -> Tensor:
+        """Return what the only bank answers [R, H, m, d] to the segments' queries."""
+        assert len(self._found[0]) == 1, "several banks are read with weights"
+        (bank,) = self._found[0].values()
+        if len(self._found) > 1:
+            bank = Bank(*(self._rows(name).squeeze(1) for name in Bank._fields))
+        answer = self._banks.read(bank, self.segment)
+        return answer if self._own is None else answer + self._read_open(self.segment, self._own)
 
     def read_total(self) -> Tensor:
         """Return what one bank would answer that holds the sums of all of them [R, H, m, d]."""
         totals = Bank(*(self._rows(name).sum(1) for name in Bank._fields))
-        prepared = self.kernel.prepare(totals, self.segment.queries.shape[2])
-        answer = self._banks.read(tuple(tensor.unsqueeze(1) for tensor in prepared), self.segment).squeeze(1)
+        answer = self._banks.read(totals, self.segment)
         return answer if self._own is None else answer + self._read_open(self.segment, self._own)
 
-    def weigh(self, answers: Tensor, weights: Tensor) -> Tensor:
-        """Return the answers [R, N, H, m, d] of the banks as one, by shares [R, N, H or 1, m or 1] of those with content.
+    def read_shares(self, weights: Tensor, segment: Segment | None = None) -> Tensor:
+        """Return the answers of the banks as one [R, H, m, d], by shares [R, N, H or 1, m or 1] of those with content.
 
         Equal shares of sums make them the sums of one bank: the number of banks alone then changes nothing.
+
+        Args:
+            weights: the shares.
+            segment: part of each segment, whose queries are asked; None for all of them.
         """
+        segment = self.segment if segment is None else segment
         if self._banks.with_sums:
             weights = weights * self.has_content().sum(1).view(-1, 1, 1, 1)
-        return (weights.unsqueeze(-1) * answers).sum(1)
+        answer = self._banks.read_weighted(self._prepared(), segment, weights)
+        if self._own is None:
+            return answer
+        own_share = (weights * self._own.is_target[..., None, None]).sum(1).unsqueeze(-1)  # [R, H or 1, m or 1, 1]
+        return answer + own_share * self._read_open(segment, self._own)
 
     def cosines(self) -> Tensor:
         """Return how much the sum of each bank's key features points the way of each query [R, N, H, m]."""
@@ -260,9 +274,20 @@ class Snapshots:
         open_cosines = torch.cosine_similarity(queries, written.unsqueeze(-2) + open_sums, dim=-1)
         return torch.where(self._own.is_target[..., None, None], open_cosines.unsqueeze(1), cosines)
 
+    def _prepared(self) -> tuple[Tensor, ...]:
+        """What weighted reads take of all banks [R, N, ...]."""
+        if self.kernel.reads_as_found:
+            return tuple(self._rows(name) for name in self.kernel.reads_as_found)
+        prepared = [self._banks.prepared(*item) for banks in self._found for item in banks.items()]
+        return tuple(self._stacked(list(tensors)) for tensors in zip(*prepared, strict=True))
+
     def _rows(self, name: str) -> Tensor:
         """A sum of all banks as the segments found it [R, N, ...]."""
-        return self._stacked([getattr(bank, name) for banks in self._found for bank in banks.values()])
+        if name not in self._stacks:
+            self._stacks[name] = self._stacked(
+                [getattr(bank, name) for banks in self._found for bank in banks.values()]
+            )
+        return self._stacks[name]
 
     def _stacked(self, by_segment_and_bank: list[Tensor]) -> Tensor:
         """n * N tensors [B, ...] as [R, N, ...]."""
@@ -276,16 +301,6 @@ class Snapshots:
         if self._open_answer is None:
             self._open_answer = self.kernel.read_open(segment, own.novelty)
         return self._open_answer
-
-    def _prepared(self) -> tuple[Tensor, ...]:
-        """What reads of all banks need [R, N, ...]."""
-        if len(self._found[0]) == 1:
-            (bank,) = self._found[0].values()
-            if len(self._found) > 1:
-                bank = Bank(*(self._rows(name).squeeze(1) for name in Bank._fields))
-            return tuple(tensor.unsqueeze(1) for tensor in self.kernel.prepare(bank, self.segment.queries.shape[2]))
-        prepared = [self._banks.prepared(*item) for banks in self._found for item in banks.items()]
-        return tuple(self._stacked(list(tensors)) for tensors in zip(*prepared, strict=True))
 
 
 def of_texts(rows: Tensor, num_segments: int, *, axis: int) -> Tensor:

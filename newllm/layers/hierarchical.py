@@ -72,7 +72,7 @@ class HierarchicalLayer(MemoryLayer):
         answers = coarse.transpose(1, 2).flatten(2).to(self.selection_gate.dtype)  # [B, H, m, d] -> [B, m, H*d]
         expansion = torch.sigmoid(self.expansion_gate(answers)).squeeze(-1).to(coarse.dtype)
         if self.training or self.expand_threshold is None:
-            fine = banks.weigh(banks.read_each(), choose(banks, self.selection_gate))
+            fine = banks.read_shares(choose(banks, self.selection_gate))
             return Recall(torch.lerp(coarse, fine, expansion[:, None, :, None]), expansion)
         return Recall(self._expand(banks, coarse, expansion, expansion >= self.expand_threshold), expansion)
 
@@ -94,7 +94,7 @@ class HierarchicalLayer(MemoryLayer):
         index = is_expanded.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, K]
         weights = choose(banks, self.selection_gate)
         chosen = torch.take_along_dim(weights, index[:, None, None], dim=-1)
-        fine = banks.weigh(banks.read_each(banks.kernel.take(banks.segment, index)), chosen)
+        fine = banks.read_shares(chosen, banks.kernel.take(banks.segment, index))
         # Rows with fewer expanded positions fill up with others, whose expansion is 0.
         change = torch.take_along_dim(expansion * is_expanded, index, dim=1)[:, None, :, None] * (
             fine - take_positions(coarse, index)

@@ -48,9 +48,8 @@ class InfiniLayer(MemoryLayer):
             self.bank_gate = nn.Parameter(torch.zeros(self.num_banks))
 
     def recall(self, banks: Snapshots) -> Recall:
-        answers = banks.read_each()
         if self.num_banks == 1:
-            return Recall(answers.squeeze(1), None)
+            return Recall(banks.read_only(), None)
         has_content = banks.has_content()
-        weights = shares(self.bank_gate.to(answers.dtype).expand(has_content.shape), has_content)
-        return Recall(banks.weigh(answers, weights[..., None, None]), None)
+        weights = shares(self.bank_gate.to(banks.segment.values.dtype).expand(has_content.shape), has_content)
+        return Recall(banks.read_shares(weights[..., None, None]), None)

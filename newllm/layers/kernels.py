@@ -58,12 +58,14 @@ class Kernel:
         rule: "linear" adds every value; "delta" adds what the bank does not already answer.
         keeps: sums of `Bank` it needs besides matrix and norm.
         has_strengths: tokens say how much of their value they write.
+        reads_as_found: sums of `Bank` that reads of several banks take as they are; empty if they take what `prepare` returns.
         reads_open_segment: reads see the tokens of the query's own segment too, up to the query.
         fused: a device's kernel for whole segments of one bank, with which `pass_over` trains; None where there is none.
     """
 
     keeps: ClassVar[frozenset[str]] = frozenset()
     has_strengths: ClassVar[bool] = False
+    reads_as_found: ClassVar[tuple[str, ...]] = ()
     reads_open_segment: ClassVar[bool] = False
     fused: fused_delta.Rule | None = None
 
@@ -111,27 +113,30 @@ class Kernel:
         """Return a segment, or one in each row, with only the chosen queries of the row, [B, H, K, d]."""
         return segment._replace(queries=take_positions(segment.queries, index_BK))
 
-    def prepare(self, bank: Bank, num_queries: int | None) -> tuple[Tensor, ...]:
-        """Return what reads of the bank share until it is written, each [B, H, ...].
+    def read(self, bank: Bank, segment: Segment) -> Tensor:
+        """Return what a bank answers to the segment's queries [B, H, m, d]; zeros where it is empty."""
+        raise NotImplementedError
+
+    def prepare(self, bank: Bank) -> tuple[Tensor, ...]:
+        """Return what reads of one of several banks share until it is written: the map from queries to values [B, H, d, d], others.
+
+        Not called where `reads_as_found` names the sums that reads take as they are.
+        """
+        raise NotImplementedError
+
+    def read_weighted(self, prepared: tuple[Tensor, ...], segment: Segment, weights: Tensor) -> Tensor:
+        """Return the sum of what banks answer to the segment's queries, by weights [B, H, m, d].
 
         Args:
-            bank: to read from.
-            num_queries: queries per row that will be answered; None if the bank is read again without being written.
+            prepared: of all banks, side by side on axis 1; or the sums that `reads_as_found` names.
+            segment: whose queries are asked.
+            weights: of the banks [B, N, H or 1, m or 1]; 0 for one that is empty.
         """
-        return bank.matrix, bank.norm.unsqueeze(-1)
+        return weighted_products(segment.queries.unsqueeze(3), weights, prepared[0])
 
     def novelty(self, bank: Bank, segment: Segment) -> Tensor:
         """Return the values [B, H, L, d] that writing the segment to the bank would associate with its keys."""
         return segment.values
-
-    def read(self, prepared: tuple[Tensor, ...], segment: Segment) -> Tensor:
-        """Return what banks answer to the segment's queries [B, N, H, m, d]; zeros where one is empty.
-
-        Args:
-            prepared: of all banks, side by side on axis 1.
-            segment: whose queries are asked.
-        """
-        raise NotImplementedError
 
     def read_open(self, segment: Segment, novelty: Tensor) -> Tensor:
         """Return what the segment adds to the answers of the bank it goes to, if reads see the open segment."""
@@ -171,15 +176,29 @@ class Elu(Kernel):
     Source: Infini-attention (Munkhdalai et al., 2024), eq. 3 to 5. Differs: zeros, not 0/0, while a bank is empty.
     """
 
-    def prepare(self, bank: Bank, num_queries: int | None) -> tuple[Tensor, ...]:
-        return (torch.cat([bank.matrix, bank.norm.unsqueeze(-1)], dim=-1),)
+    reads_as_found = ("matrix", "norm")
 
-    def read(self, prepared: tuple[Tensor, ...], segment: Segment) -> Tensor:
-        return divide(*self.sums(prepared, segment).split([segment.values.shape[-1], 1], dim=-1))
+    def read(self, bank: Bank, segment: Segment) -> Tensor:
+        return divide(*self.sums(bank, segment).split([segment.values.shape[-1], 1], dim=-1))
 
-    def sums(self, prepared: tuple[Tensor, ...], segment: Segment) -> Tensor:
-        """Return the reading before its division, numerator and denominator side by side [B, N, H, m, d + 1]."""
-        return segment.queries.unsqueeze(1) @ prepared[0]
+    def read_weighted(self, prepared: tuple[Tensor, ...], segment: Segment, weights: Tensor) -> Tensor:
+        matrices, norms = prepared
+        # Every answer is one quotient: divided by before it is weighed, the numerators are never there one by one.
+        return super().read_weighted((matrices,), segment, divide(weights, self._denominators(norms, segment)))
+
+    def sums(self, bank: Bank, segment: Segment) -> Tensor:
+        """Return the reading before its division, numerator and denominator side by side [B, H, m, d + 1]."""
+        return segment.queries @ torch.cat([bank.matrix, bank.norm.unsqueeze(-1)], dim=-1)
+
+    def sums_weighted(self, prepared: tuple[Tensor, ...], segment: Segment, weights: Tensor) -> Tensor:
+        """Return `read_weighted` before its division [B, H, m, d + 1]: sums of numerators and of denominators."""
+        matrices, norms = prepared
+        denominator = (weights * self._denominators(norms, segment)).sum(1).unsqueeze(-1)
+        return torch.cat([super().read_weighted((matrices,), segment, weights), denominator], dim=-1)
+
+    def _denominators(self, norms: Tensor, segment: Segment) -> Tensor:
+        """Norms [B, N, H, d] to what every query would divide by [B, N, H, m]."""
+        return (segment.queries @ norms.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def novelty(self, bank: Bank, segment: Segment) -> Tensor:
         if self.rule == "linear":
@@ -203,15 +222,20 @@ class Centred(Kernel):
 
     keeps = frozenset({"value_sum", "tokens"})
 
-    def prepare(self, bank: Bank, num_queries: int | None) -> tuple[Tensor, ...]:
+    def read(self, bank: Bank, segment: Segment) -> Tensor:
+        centred, mean_key = self.prepare(bank)
+        return (segment.queries - mean_key.unsqueeze(-2)) @ centred
+
+    def prepare(self, bank: Bank) -> tuple[Tensor, ...]:
         mean_key = bank.norm / bank.tokens.clamp(min=1).unsqueeze(-1)
         centred = bank.matrix - mean_key.unsqueeze(-1) * bank.value_sum.unsqueeze(-2)
         fill = 1 + bank.tokens / bank.norm.shape[-1]
-        return centred / fill[..., None, None], mean_key.unsqueeze(-2)
+        return centred / fill[..., None, None], mean_key
 
-    def read(self, prepared: tuple[Tensor, ...], segment: Segment) -> Tensor:
-        centred, mean_key = prepared
-        return (segment.queries.unsqueeze(1) - mean_key) @ centred
+    def read_weighted(self, prepared: tuple[Tensor, ...], segment: Segment, weights: Tensor) -> Tensor:
+        centred, mean_keys = prepared
+        asked = segment.queries.unsqueeze(3) - mean_keys.transpose(1, 2).unsqueeze(2)  # [B, H, m, N, d]
+        return weighted_products(asked, weights, centred)
 
     def write(self, bank: Bank, segment: Segment, novelty: Tensor) -> Bank:
         written = super().write(bank, segment, novelty)
@@ -233,20 +257,18 @@ class Ridge(Kernel):
         super().__init__()
         self.penalty = penalty
 
-    def prepare(self, bank: Bank, num_queries: int | None) -> tuple[Tensor, ...]:
-        scale = self.penalty * (1 + bank.gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True))  # [B, H, 1]
-        gram = bank.gram + torch.diag_embed(scale.expand_as(bank.norm))
-        if _asks_few(num_queries, bank.norm.shape[-1]):
-            return gram, bank.matrix
-        return (torch.linalg.solve(gram, bank.matrix),)
-
-    def read(self, prepared: tuple[Tensor, ...], segment: Segment) -> Tensor:
-        queries = segment.queries.unsqueeze(1)
-        if len(prepared) == 1:
-            return queries @ prepared[0]
+    def read(self, bank: Bank, segment: Segment) -> Tensor:
+        if not _asks_few(segment.queries.shape[2], bank.norm.shape[-1]):
+            return segment.queries @ self.prepare(bank)[0]
         # Symmetric: the queries may stand for the right sides, where they are fewer than the values' dims.
-        gram, matrix = prepared
-        return torch.linalg.solve(gram, queries.mT.expand(*gram.shape[:-1], -1)).mT @ matrix
+        return torch.linalg.solve(self._penalised(bank), segment.queries.mT).mT @ bank.matrix
+
+    def prepare(self, bank: Bank) -> tuple[Tensor, ...]:
+        return (torch.linalg.solve(self._penalised(bank), bank.matrix),)
+
+    def _penalised(self, bank: Bank) -> Tensor:
+        scale = self.penalty * (1 + bank.gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True))  # [B, H, 1]
+        return bank.gram + torch.diag_embed(scale.expand_as(bank.norm))
 
     def write(self, bank: Bank, segment: Segment, novelty: Tensor) -> Bank:
         return super().write(bank, segment, novelty).plus(gram=segment.keys.transpose(-1, -2) @ segment.keys)
@@ -273,6 +295,7 @@ class DeltaToken(Kernel):
     """
 
     has_strengths = True
+    reads_as_found = ("matrix",)
     reads_open_segment = True
 
     def __init__(self) -> None:
@@ -281,12 +304,14 @@ class DeltaToken(Kernel):
     def arrange(self, segments: Segments) -> Segment:
         queries = torch.nn.functional.normalize(segments.queries, dim=-1)
         keys = torch.nn.functional.normalize(segments.keys, dim=-1)
-        strong_keys = segments.strengths * keys
-        steps = strong_keys @ keys.mT  # [B, H, n, L, L], of which the solver reads the part below the diagonal
-        sides = torch.cat([strong_keys, segments.strengths * segments.values], dim=-1)
-        # From the right, transposed: BLAS wants columns, and this way nothing is copied.
-        solved = torch.linalg.solve_triangular(steps.mT, sides.mT, upper=True, left=False, unitriangular=True)
-        erased, fresh = solved.mT.chunk(2, dim=-1)
+        steps = segments.strengths * (
+            keys @ keys.mT
+        )  # [B, H, n, L, L], of which the solver reads the part below the diagonal
+        # Inverted, not solved for both sides: the solver takes one segment after another, products take all of them at once.
+        identity = torch.eye(steps.shape[-1], device=steps.device, dtype=steps.dtype).expand_as(steps)
+        inverse = torch.linalg.solve_triangular(steps, identity, upper=False, unitriangular=True)
+        weighed = inverse * segments.strengths.mT
+        erased, fresh = weighed @ keys, weighed @ segments.values
         scores = causal(queries @ keys.mT)  # [B, H, n, m, L]
         return super().arrange(segments)._replace(products=(queries, keys, erased, fresh, scores))
 
@@ -299,8 +324,11 @@ class DeltaToken(Kernel):
         _, _, erased, fresh, _ = segment.products
         return fresh - erased @ bank.matrix
 
-    def read(self, prepared: tuple[Tensor, ...], segment: Segment) -> Tensor:
-        return segment.products[0].unsqueeze(1) @ prepared[0]
+    def read(self, bank: Bank, segment: Segment) -> Tensor:
+        return segment.products[0] @ bank.matrix
+
+    def read_weighted(self, prepared: tuple[Tensor, ...], segment: Segment, weights: Tensor) -> Tensor:
+        return weighted_products(segment.products[0].unsqueeze(3), weights, prepared[0])
 
     def read_open(self, segment: Segment, novelty: Tensor) -> Tensor:
         return segment.products[4] @ novelty
@@ -329,12 +357,25 @@ class DeltaToken(Kernel):
 
     def segment_flops(self, length: int, head_dim: int) -> float:
         squares = 2 * 3 * head_dim * length**2  # steps, scores, and the scores' sums of novelties
-        solve = 2 * head_dim * length**2  # half a square, twice as wide
+        solve = length**3 + 2 * 2 * head_dim * length**2  # the inverse, and its products with keys and values
         return squares + solve + 2 * length * head_dim**2
 
 
-def _asks_few(num_queries: int | None, head_dim: int) -> bool:
-    return num_queries is not None and num_queries < head_dim
+def _asks_few(num_queries: int, head_dim: int) -> bool:
+    return num_queries < head_dim
+
+
+def weighted_products(asked_BHmNd: Tensor, weights_BNHm: Tensor, maps_BNHde: Tensor) -> Tensor:
+    """Return the sum of weights * (asked @ maps) over N, [B, H, m, e]: it is the product's own sum, no summand is ever there.
+
+    Args:
+        asked_BHmNd: what each of the maps is asked [B, H, m, N or 1, d].
+        weights_BNHm: [B, N, H or 1, m or 1].
+        maps_BNHde: [B, N, H, d, e].
+    """
+    # Contiguous: in the order of the weights as they come the product would be copied for the one after it.
+    weighed = asked_BHmNd * weights_BNHm.permute(0, 2, 3, 1).contiguous().unsqueeze(-1)
+    return weighed.flatten(3) @ maps_BNHde.transpose(1, 2).flatten(2, 3)  # [B, H, m, N*d] @ [B, H, N*d, e]
 
 
 def take_positions(tensor_BHTd: Tensor, index_BK: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class MultiMemoryLayer(MemoryLayer):
 
     def recall(self, banks: Snapshots) -> Recall:
         weights = choose(banks, self.selection_gate)
-        return Recall(banks.weigh(banks.read_each(), weights), weights)
+        return Recall(banks.read_shares(weights), weights)
 
     def recall_flops(self, lengths: Sequence[int]) -> float:
         return super().recall_flops(lengths) + choice_flops(self, sum(lengths))

@@ -191,8 +191,7 @@ def segment_of(queries, keys, values, strength):
 def top1(kernel, bank, queries, candidates):
     """Share of queries i whose answer is closest, in cosine, to candidate i."""
     (segment,) = kernel.arrange(segment_of(queries, queries, queries, 0.0)).one_by_one()
-    prepared = tuple(tensor.unsqueeze(1) for tensor in kernel.prepare(bank, None))
-    answers = kernel.read(prepared, segment)[:, 0, 0]
+    answers = kernel.read(bank, segment)[:, 0]
     scores = answers @ normalize(candidates, dim=-1).transpose(1, 2)
     return (scores.argmax(-1) == torch.arange(queries.shape[1])).float().mean().item()
 
@@ -239,7 +238,7 @@ def delta_token_in_segments(queries, keys, values, strengths):
     tokens = Tokens(*(tensor[None, None] for tensor in (keys, values, strengths)))
     answers = []
     for segments in cut(queries[None, None], tokens, 64, at_once=banks.segments_at_once()):
-        answers.append(banks.pass_over(segments, writes=True).read_each()[:, 0, 0].flatten(0, 1))
+        answers.append(banks.pass_over(segments, writes=True).read_only()[:, 0].flatten(0, 1))
     return torch.cat(answers)
 
 

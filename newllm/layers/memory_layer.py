@@ -21,7 +21,7 @@ from newllm.layers.base import MLP, Layer
 from newllm.layers.kernels import DeltaToken, make_kernel
 from newllm.layers.memory import divide
 from newllm.layers.memory_state import MemoryLayerState
-from newllm.layers.segments import Segments, Tokens, cut, linear_attention, side_by_side, softmax_attention
+from newllm.layers.segments import Segments, Tokens, cut, joined, linear_attention, side_by_side, softmax_attention
 from newllm.linear import Linear
 from newllm.state import by_groups
 
@@ -268,9 +268,9 @@ class MemoryLayer(Layer):
                 recalls.append(Recall(of_texts(values, count, axis=1), decisions))
                 contents.append(of_texts(seen.has_content().any(1, keepdim=True).expand(-1, asked), count, axis=0))
             closed += count * is_whole
-        recalled = torch.cat([recall.values for recall in recalls], dim=2)
-        has_content = torch.cat(contents, dim=1).unsqueeze(1).unsqueeze(-1)  # [B, T] -> [B, 1, T, 1]
-        attended = self._mix(recalled, torch.cat(local, dim=2), has_content)
+        recalled = joined([recall.values for recall in recalls], dim=2)
+        has_content = joined(contents, dim=1).unsqueeze(1).unsqueeze(-1)  # [B, T] -> [B, 1, T, 1]
+        attended = self._mix(recalled, joined(local, dim=2), has_content)
         return attended, recalls, _state_after(state, banks, tokens.last(tokens.keys.shape[2] - closed * length))
 
     def _heads(self, projected: Tensor) -> Tensor:

@@ -5,13 +5,18 @@ n: segments side by side. m: queries of a segment that are asked in this call. L
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from newllm.layers.memory import feature_map
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Return the parts one after another; a single one as it is, where torch would copy it."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 class Tokens(NamedTuple):
@@ -33,6 +38,8 @@ class Tokens(NamedTuple):
 
     def then(self, others: Tokens) -> Tokens:
         """Return these tokens with others after them, in the others' dtype."""
+        if self.keys.shape[2] == 0:
+            return others
         pairs = zip(self, others, strict=True)
         return Tokens(*(torch.cat([own.to(other.dtype), other], dim=2) for own, other in pairs))
 
@@ -84,8 +91,10 @@ def cut(queries_BHTd: Tensor, tokens: Tokens, segment_length: int, *, at_once: i
 
 def side_by_side(queries_BHTd: Tensor, tokens: Tokens, num_segments: int) -> Segments:
     """Return tokens of whole segments with the segments on an axis of their own."""
+    # Contiguous: what follows, and its gradients above all, is slow on heads that lie inside of tokens.
     queries, keys, values, strengths = (
-        tensor.unflatten(2, (num_segments, tensor.shape[2] // num_segments)) for tensor in (queries_BHTd, *tokens)
+        tensor.contiguous().unflatten(2, (num_segments, tensor.shape[2] // num_segments))
+        for tensor in (queries_BHTd, *tokens)
     )
     return Segments(queries, keys, values, strengths, feature_map(queries), feature_map(keys))
 

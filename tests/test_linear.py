@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -45,6 +45,7 @@ def use_only_onednn(patch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 @needs_onednn
+@settings(max_examples=60, deadline=None)
 @given(
     sizes=st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 70)),
     layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 3),

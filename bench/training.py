@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from bench.peers import import_peer, missing, problem_with, version_of
 from bench.steps import CLIP, bare_step, parallel_loss, random_ids
 from newllm.callbacks.peak import peak_flops
 from newllm.config.compose import compose_model
+from newllm.linear import is_onednn_faster, multiply, outer
 from newllm.models.create import create_model
 
 PEERS = ["transformers", "litgpt"]
@@ -151,7 +153,8 @@ def litgpt(shape: Shape, inputs: Tensor, labels: Tensor) -> Callable[[], object]
 def products_alone(model: nn.Module, shape: Shape) -> Callable[[], object]:
     """Return a call of what every trainer of the shape must compute: the products of the linear maps and attention, both ways.
 
-    In the precision of the weights, from tensors that are there already; no loss, norm, optimizer step nor anything between layers.
+    By the library that is the faster one here, in the precision of the weights, from tensors that are there already; no loss, norm,
+    optimizer step nor anything between layers.
     """
     rows = shape.batch_size * shape.length
     linears = [module.weight.detach() for module in model.modules() if isinstance(module, nn.Linear)]
@@ -163,12 +166,24 @@ def products_alone(model: nn.Module, shape: Shape) -> Callable[[], object]:
 
     def call() -> None:
         for weight, inputs, by_outputs in tensors:
-            torch.mm(inputs, weight.T)
-            torch.mm(by_outputs, weight)
-            torch.mm(by_outputs.T, inputs)
+            multiply(inputs, weight)
+            multiply(by_outputs, weight.T)
+            outer(by_outputs, inputs)
         for _ in range(size.num_layers):
             attended = nn.functional.scaled_dot_product_attention(*asked, is_causal=True)
             torch.autograd.grad(attended, asked, upstream)
+
+    return call
+
+
+def by_mkl(step: Callable[[], object]) -> Callable[[], object]:
+    """Return a call that leaves all products to MKL, as everywhere but on processors where oneDNN is the faster one."""
+
+    def call() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of GPUs, by the switch itself
+            with torch.backends.mkldnn.flags(enabled=False):
+                step()
 
     return call
 
@@ -182,6 +197,8 @@ def alternatives(shape: Shape, folder: str) -> dict[str, Callable[[], object]]:
 
         compile_layers(own)
     found = {"ours": repeated(bare_step(own, mixed(parallel_loss(own, inputs, labels))), shape.steps)}
+    if not IS_FAST and is_onednn_faster():
+        found["ours, MKL's products"] = by_mkl(found["ours"])
     if problem_with("transformers") is None:
         theirs = huggingface(shape)
         # It shifts labels itself: one target less in a row than ours.
@@ -240,9 +257,14 @@ def run(quick: bool) -> Found:
     head = ["shape", "", "tokens/s", "time / ours", "MFU", "spread", "warm-up"]
     versions = ", ".join(f"{name} {version_of(name)}" for name in PEERS if problem_with(name) is None)
     told = f"{'bf16, compiled' if IS_FAST else 'fp32, eager'}, fused AdamW, gradient norm clipped, median of the rounds. {versions}."
+    if not IS_FAST and is_onednn_faster():
+        told += (
+            " MKL has no AVX-512 products for this processor: ours leaves large ones to oneDNN, the others take torch's, which are MKL's. "
+            "The memory that a step frees is kept for the next one, for all of them in this process."
+        )
     if not IS_FAST:
         told += (
-            " products alone: the matrix products of the linear maps and of attention, forward and backward, and nothing else: what is the "
-            "same for every trainer of the shape, and the most that one can be ahead of another."
+            " products alone: the matrix products of the linear maps and of attention, forward and backward, by the library that is "
+            "faster here, and nothing else: what is left when everything around them is free."
         )
     return Found(f"{table(head, lines)}\n\n{told}{missing(PEERS)}", figures)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from small_cvfp import small_procedure
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from waits import Waits
 
 from newllm.config.compose import compose
 from newllm.config.typed import real_config
@@ -19,18 +19,11 @@ from newllm.trainers.base import TrainingModule
 from newllm.trainers.build import build_training_module
 
 VOCABULARY, ROWS, LENGTH = 64, 3, 20
-WAITING = {
-    "aten::_local_scalar_dense",
-    "aten::is_nonzero",
-    "aten::equal",
-    "aten::nonzero",
-    "aten::masked_select",
-    "aten::unique2",
-    "aten::_unique2",
-    "aten::bincount",
-    "aten::repeat_interleave",
-}
-HOST = ("sample_id", "starts_text")  # parts of a batch that stay on the host where the procedure reads them there
+HOST = (
+    "sample_id",
+    "starts_text",
+    "position",
+)  # parts of a batch that stay on the host where the procedure reads them there
 PROCEDURES = {
     "standard-pythia": ["model=pythia"],
     "standard-infini": ["model=infini", "layers.segment_length=8"],
@@ -47,32 +40,6 @@ PROCEDURES = {
     "selective-halting": ["model=selective", "model.halting=learned", "trainer=selective", "loss=halting"],
     "trm": ["model=trm", "trainer=trm", "loss=deep_supervision"],
 }
-
-
-class Waits(TorchDispatchMode):
-    """Notes operations that would wait, among those that read what comes from the given tensors."""
-
-    def __init__(self, on_device: list[Tensor]) -> None:
-        super().__init__()
-        self.found: set[str] = set()
-        self._held = list(on_device)  # held, so that no id is given out twice
-        self._ids = {id(tensor) for tensor in on_device}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
-        reads_device = any(id(tensor) in self._ids for tensor in inputs)
-        name = func.name().partition(".")[0]
-        picks_by_mask = name in ("aten::index", "aten::index_put", "aten::index_put_") and any(
-            tensor.dtype == torch.bool and id(tensor) in self._ids for tensor in inputs[1:]
-        )
-        if reads_device and (name in WAITING or picks_by_mask):
-            self.found.add(name)
-        result = func(*args, **(kwargs or {}))
-        if reads_device:
-            new = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-            self._held += new
-            self._ids |= {id(tensor) for tensor in new}
-        return result
 
 
 def prepared(overrides: list[str], folder: Path, device: str = "cpu") -> tuple[TrainingModule, Any, dict[str, Tensor]]:
@@ -104,6 +71,21 @@ def test_a_training_step_reads_nothing_from_the_device(name: str, tmp_path: Path
 
     with Waits(on_device) as waits:
         step(module, optimizer, batch)
+
+    assert not waits.found
+
+
+def test_a_step_over_cached_contexts_reads_nothing_from_the_device() -> None:
+    """Phase 2; a step of phase 1 is a sweep over the whole text, whose contexts come back to the host slice by slice."""
+    module = small_procedure("cvfp_phase2", "trainer.phase1=untrained")
+    optimizer = module.configure_optimizers()["optimizer"]
+    module.on_fit_start()
+    first, second = (module.positions.__getitems__(list(range(start, start + 20))) for start in (0, 20))
+    step(module, optimizer, first)
+    on_device = [*module.parameters(), *[tensor for key, tensor in second.items() if key not in HOST]]
+
+    with Waits(on_device) as waits:
+        step(module, optimizer, second)
 
     assert not waits.found
 

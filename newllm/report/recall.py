@@ -121,9 +121,13 @@ def draw_state_vs_recall(probes: Sequence[Probe]) -> Figure:
                 axes.axhline(
                     probe.chance, color=FAINT, linewidth=0.9, linestyle=":", label=f"chance {probe.chance:.2g}"
                 )
-            # A layer without a state takes no bytes: a logarithmic axis needs a linear beginning for it.
-            axes.set_xscale("symlog", base=2, linthresh=1.0)
-            axes.set_xticks(_apart(memory.state_bytes for memory in probe.memories))
+            sizes = [memory.state_bytes for memory in probe.memories]
+            if min(sizes) < 1:
+                # A layer without a state takes no bytes: a logarithmic axis needs a linear beginning for it.
+                axes.set_xscale("symlog", base=2, linthresh=1.0)
+            else:
+                axes.set_xscale("log", base=2)
+            axes.set_xticks(_apart(sizes))
             axes.xaxis.set_major_formatter(EngFormatter(sep="", places=1))
             axes.minorticks_off()
             axes.set_xlabel("state bytes per text after a row")

@@ -171,6 +171,15 @@ def test_lines_and_chance_are_named(sweep: Path) -> None:
     assert axes.get_xlabel() == "state bytes per text after a row"
 
 
+def test_the_axis_begins_where_the_smallest_state_is(sweep: Path) -> None:
+    axes = draw_state_vs_recall(read(sweep)).axes[0]
+
+    smallest, largest = (pick(memory.state_bytes for memory in read(sweep)[0].memories) for pick in (min, max))
+    assert smallest >= 1
+    assert smallest / 2 < axes.get_xlim()[0] < smallest
+    assert largest < axes.get_xlim()[1] < 2 * largest
+
+
 def test_points_carry_the_interval_over_seeds(sweep: Path) -> None:
     axes = draw_state_vs_recall(read(sweep)).axes[0]
 

@@ -14,7 +14,7 @@ import torch
 
 from bench import measure
 from bench.measure import Found, NotWrittenError, describe_load, is_busy, machine, write
-from newllm.hardware import keep_freed_memory
+from newllm.host_memory import keep_freed_memory
 
 # From the shortest; a title, and where the bench stands.
 BENCHES = {

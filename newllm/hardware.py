@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import sys
 from typing import Any
 
 import torch
@@ -21,8 +19,6 @@ from newllm.layers.memory_layer import MemoryLayer
 from newllm.processor import multiplies_bf16
 
 log = logging.getLogger(__name__)
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as in glibc's malloc.h
 
 
 def check_devices(runtime: RuntimeConfig) -> None:
@@ -44,18 +40,6 @@ def check_devices(runtime: RuntimeConfig) -> None:
             f"runtime.devices={runtime.devices}: torch finds {found} CUDA devices on this machine. Allowed: 1 to {found}. "
             "Set runtime.devices, and start the same command on more machines with torchrun or SLURM."
         )
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what tensors free, for the next step's; where it is not glibc, nothing is changed.
-
-    It would give large pieces back at once, and every step would then wait for new pages: a fifth of a step of 70 M parameters.
-    A process grows by what it freed and did not need again, a tenth of its size there.
-    """
-    if sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "mallopt"):
-        return
-    library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    library.mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
 def set_threads(runtime: RuntimeConfig) -> None:

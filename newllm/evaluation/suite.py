@@ -16,7 +16,7 @@ from newllm.config.command_line import refuse
 from newllm.config.schema import EvaluateConfig, EvaluationConfig
 from newllm.config.typed import real_config
 from newllm.evaluation.material import Material
-from newllm.hardware import keep_freed_memory
+from newllm.host_memory import keep_freed_memory
 from newllm.load import LoadedRun, load_run
 from newllm.models.base import LanguageModel
 from newllm.whole_file import write_whole

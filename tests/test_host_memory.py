@@ -1,4 +1,4 @@
-"""What the machine is asked for beside devices, which test_ranks.py covers."""
+"""Memory that tensors free is there for the next ones."""
 
 import ctypes
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 FAULTS = """
 import resource, torch
-from newllm.hardware import keep_freed_memory
+from newllm.host_memory import keep_freed_memory
 
 def faults(times):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

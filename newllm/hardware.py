@@ -42,6 +42,14 @@ def check_devices(runtime: RuntimeConfig) -> None:
         )
 
 
+def spare_filling() -> None:
+    """Leave new memory as it is where `runtime.deterministic=true`: torch would write every result twice, first with NaN.
+
+    That finds operations which read what nobody wrote; the digits are the same without it.
+    """
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def set_threads(runtime: RuntimeConfig) -> None:
     """Give torch its CPU threads; processes on one CPU share the cores unless told otherwise."""
     if runtime.num_threads is not None:

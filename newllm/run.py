@@ -41,7 +41,15 @@ from newllm.generation import sample_texts
 from newllm.guards.monitor import Monitor
 from newllm.guards.preflight import run_preflight
 from newllm.guards.verdict import GuardFailure, Verdict, require_passed, switched_off
-from newllm.hardware import check_devices, compile_layers, set_threads, trainer_flags, use_fused_kernels, warn_of_loss
+from newllm.hardware import (
+    check_devices,
+    compile_layers,
+    set_threads,
+    spare_filling,
+    trainer_flags,
+    use_fused_kernels,
+    warn_of_loss,
+)
 from newllm.host_memory import keep_freed_memory
 from newllm.launch import agreed, joined
 from newllm.load import checkpoint_path, load_run, read_checkpoint
@@ -94,6 +102,7 @@ def run_training(config: TrainConfig, folder: Path, overrides: list[str]) -> flo
     _quieten()
     config = real_config(config)
     set_threads(config.runtime)
+    spare_filling()
     if config.runtime.accelerator == "cpu":
         keep_freed_memory()
     with ExitStack() as held:

@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from newllm.hardware import spare_filling
 
 FAULTS = """
 import resource, torch
@@ -32,3 +35,18 @@ def test_memory_that_is_freed_is_kept_for_the_next_step() -> None:
     given_back, kept = map(int, told.stdout.split())
     assert given_back > 100, "new pages were not new: this shows nothing"
     assert kept < given_back / 4
+
+
+def test_results_are_not_written_twice_for_the_same_digits() -> None:
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        assert torch.empty(2**10).isnan().all()
+        spare_filling()
+        old = torch.full((2**10,), 3.0)
+        del old
+        assert not torch.empty(2**10).isnan().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = before

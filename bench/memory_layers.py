@@ -131,7 +131,7 @@ def run(quick: bool) -> Found:
     )
     told = (
         f"Microseconds per token of a forward and backward pass of one layer, D 128, B {BATCH}, segments of {SEGMENT}, fp32. "
-        f"Segments are read one after another: with a single text, calls cost as much as the products in them.\n\n"
+        f"Segments are written one after another: with a single text, calls cost as much as the products in them.\n\n"
         f"delta_token against a loop over {128 if quick else 2048} tokens: {against}."
         "\n\n![Cost per token over length](bench_memory_layers.png)"
     )

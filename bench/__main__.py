@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from bench import measure
-from bench.measure import Found, NotWrittenError, describe_load, is_busy, machine, write
+from bench.measure import DOCS, Found, NotWrittenError, describe_load, is_busy, machine, write
+from bench.page import page
 from newllm.host_memory import keep_freed_memory
+from newllm.whole_file import write_whole
 
 # From the shortest; a title, and where the bench stands.
 BENCHES = {
@@ -35,8 +36,6 @@ BENCHES = {
     "streaming_memory": "Memory of a streamed corpus",
     "faults": "Killed at any moment",
 }
-DOCS = Path(__file__).parent.parent / "docs" / "benchmarks.md"
-MARK = "<!-- {name} -->"
 
 
 def main() -> None:
@@ -66,10 +65,8 @@ def main() -> None:
         if quick:
             print(found.text)
             continue
-        write(name, about, found.figures)
-        where = ", ".join(f"{key} {value}" for key, value in about.items())
-        text = f"## {BENCHES[name]}\n\n`python -m bench {name}`\n\n{found.text}\n\nMeasured on: {where}.\n"
-        _put(name, text)
+        write(name, about, found)
+        write_whole(DOCS / "benchmarks.md", page(BENCHES))
     raise SystemExit(int(refused))
 
 
@@ -94,15 +91,6 @@ def _unknown(where: str, given: list[str], allowed: list[str]) -> list[str]:
     if not given:
         return []
     return [f"{where} {', '.join(given)} does not exist here. Allowed: {', '.join(allowed)}. Choose among these."]
-
-
-def _put(name: str, section: str) -> None:
-    """Replace the section between the bench's marks, or add it."""
-    mark = MARK.format(name=name)
-    text = DOCS.read_text() if DOCS.exists() else "# Benchmarks\n\nWritten by `make bench`.\n"
-    before, _, rest = text.partition(mark)
-    after = rest.partition(mark)[2] if rest else "\n"
-    DOCS.write_text(f"{before.rstrip()}\n\n{mark}\n{section}{mark}\n{after.lstrip()}")
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.measure import DEVICE, Found, Row, paired_ratio, require_quiet, table, take_turns, timed
 from bench.steps import bare_step, lagged_loss, parallel_loss, random_ids
 from newllm.losses.next_token import NextTokenConfig, NextTokenLoss
 from newllm.models.create import create_model
 from newllm.recurrence import unroll
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # From the cheapest exact step to the dearest: those behind the time limit are left out, and named.
 SHAPES = [
@@ -31,7 +33,6 @@ VOCABULARY = 4096
 TIME_LIMIT_SECONDS = 150
 # An exact step longer than this is measured in two rounds, after one as warm-up.
 LONG_SECONDS = 3
-PICTURE = Path(__file__).parent.parent / "docs" / "bench_lct_speed.png"
 
 
 def steps(batch_size: int, length: int) -> dict[str, Callable[[], object]]:
@@ -89,8 +90,6 @@ def run(quick: bool) -> Found:
             "sequential_over_lct": ratio,
             "plain_over_lct": to_plain,
         }
-    if not quick:
-        _draw(ratios)
     head = ["B", "T", "plain", "LCT K=1", "K=2", "K=4", "sequential", "sequential / K=1", "plain / K=1"]
     told = (
         "Infini stack of nano size, fp32, eager; gradients, clipping and AdamW included, for LCT also fetching the states of the last "
@@ -99,10 +98,10 @@ def run(quick: bool) -> Found:
     )
     if left_out:
         told += f" Left out, more than {TIME_LIMIT_SECONDS} s: {'; '.join(left_out)}."
-    return Found(f"{table(head, lines)}\n\n{told}\n\n![Ratio over batch and length](bench_lct_speed.png)", figures)
+    return Found(f"{table(head, lines)}\n\n{told}", figures, ("Ratio over batch and length", _drawn(ratios)))
 
 
-def _draw(ratios: dict[int, dict[int, float]]) -> None:
+def _drawn(ratios: dict[int, dict[int, float]]) -> Figure:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.5))
@@ -112,5 +111,5 @@ def _draw(ratios: dict[int, dict[int, float]]) -> None:
     axes.set(xlabel="B, texts in a batch", ylabel="exact step / LCT step", ylim=(0, None))
     axes.legend()
     figure.tight_layout()
-    figure.savefig(PICTURE, dpi=110)
     plt.close(figure)
+    return figure

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
+from newllm import processor
+from newllm.whole_file import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parent.parent / "docs"
 # Relative spread of a row's rounds above which its ratios are not worth writing down.
 MAX_SPREAD = 0.35
 # Share of all cores that other programs take, above which a measurement begins with a warning.
@@ -31,10 +37,17 @@ class NotWrittenError(Exception):
 
 @dataclass(frozen=True)
 class Found:
-    """What a bench gives: markdown for docs/benchmarks.md, and the same figures for bench/results."""
+    """What a bench gives.
+
+    Attributes:
+        text: markdown for docs/benchmarks.md.
+        figures: the same for bench/results.
+        picture: what stands below the text, and what it shows in words; None if nothing does.
+    """
 
     text: str
     figures: dict[str, Any]
+    picture: tuple[str, Figure] | None = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +171,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def machine() -> dict[str, object]:
     """Return what the numbers were measured on."""
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else processor.name()
     return {
         "device": device,
         "cores": os.cpu_count(),
@@ -170,11 +183,20 @@ def machine() -> dict[str, object]:
     }
 
 
-def write(name: str, about: dict[str, object], figures: dict[str, Any]) -> Path:
-    """Put the figures of one bench beside the others of this machine and return the file."""
+def file_name(about: dict[str, object]) -> str:
+    """Return what files of that machine are called, without an ending."""
+    return re.sub(r"[^a-z0-9]+", "_", f"{about['device']}_{about['cores']}_cores".lower())
+
+
+def write(name: str, about: dict[str, object], found: Found) -> None:
+    """Put what one bench found beside the others of this machine."""
     RESULTS.mkdir(exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "_", f"{about['device']}_{about['cores']}_cores".lower())
-    path = RESULTS / f"{slug}.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**found, name: {"machine": about, **figures}}, indent=2, sort_keys=True) + "\n")
-    return path
+    path = RESULTS / f"{file_name(about)}.json"
+    entry: dict[str, Any] = {"machine": about, "text": found.text.split("\n"), **found.figures}
+    if found.picture is not None:
+        caption, figure = found.picture
+        picture = f"bench_{name}_{file_name(about)}.png"
+        figure.savefig(DOCS / picture, dpi=110)
+        entry["picture"] = {"caption": caption, "file": picture}
+    others = json.loads(path.read_text()) if path.exists() else {}
+    write_whole(path, json.dumps({**others, name: entry}, indent=2, sort_keys=True) + "\n")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.measure import DEVICE, Found, Row, paired_ratio, require_quiet, table, take_turns
 from newllm.models.create import create_model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SEGMENT, BATCH = 64, 1
 TRAINED_BATCH = 8  # as conf/data has it: what a step of training pays
@@ -27,7 +29,6 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "multi_memory": ("multi_memory", {}),
     "hierarchical": ("hierarchical", {}),
 }
-PICTURE = Path(__file__).parent.parent / "docs" / "bench_memory_layers.png"
 
 
 def layer_of(name: str) -> nn.Module:
@@ -121,8 +122,6 @@ def run(quick: bool) -> Found:
         f"over_pythia_at_B{TRAINED_BATCH}": trained,
         "token_loop_over_delta_token": {dim: ratio for dim, (_, ratio) in loops.items()},
     }
-    if not quick:
-        _draw(per_token)
     head = ["layer", *[f"T {n}" for n in lengths], f"/ pythia at T {lengths[0]}"]
     head += [f"the same at B {TRAINED_BATCH}", "dearest / first"]
     against = ", ".join(
@@ -133,12 +132,11 @@ def run(quick: bool) -> Found:
         f"Microseconds per token of a forward and backward pass of one layer, D 128, B {BATCH}, segments of {SEGMENT}, fp32. "
         f"Segments are written one after another: with a single text, calls cost as much as the products in them.\n\n"
         f"delta_token against a loop over {128 if quick else 2048} tokens: {against}."
-        "\n\n![Cost per token over length](bench_memory_layers.png)"
     )
-    return Found(f"{table(head, lines)}\n\n{told}", figures)
+    return Found(f"{table(head, lines)}\n\n{told}", figures, ("Cost per token over length", _drawn(per_token)))
 
 
-def _draw(per_token: dict[str, dict[int, float]]) -> None:
+def _drawn(per_token: dict[str, dict[int, float]]) -> Figure:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4))
@@ -147,5 +145,5 @@ def _draw(per_token: dict[str, dict[int, float]]) -> None:
     axes.set(xlabel="T, tokens of a text", ylabel="microseconds per token", title="One layer, forward and backward")
     axes.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(PICTURE, dpi=110)
     plt.close(figure)
+    return figure

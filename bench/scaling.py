@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bench.measure import DEVICE, Found, Row, peak_bytes, require_quiet, table, take_turns
 from bench.steps import bare_step, lagged_loss, parallel_loss, random_ids
 from newllm.models.create import create_model
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 VOCABULARY = 4096
 BASE = {"T": 256, "B": 4, "D": 128, "K": 1}
@@ -23,7 +25,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "infini": ("infini", {}),
     "every layer infini": ("infini", {"stack": ["infini"] * 4}),
 }
-PICTURE = Path(__file__).parent.parent / "docs" / "bench_scaling.png"
 
 HEAD = ["axis", "model", "value: duration, peak memory", "exponent of duration", "of memory"]
 
@@ -100,22 +101,20 @@ def run(quick: bool) -> Found:
         for name, by_value in points.items():
             cells = [f"{v}: {1000 * s:.1f} ms, {b / 2**20:.1f} MiB" for v, (s, b) in by_value.items()]
             lines.append([axis, name, "; ".join(cells), *(f"{slope:.2f}" for slope in last_slopes(by_value))])
-    if not quick:
-        _draw({axis: points for axis, (points, _) in found.items()})
+    figure = _drawn({axis: points for axis, (points, _) in found.items()})
     told = (
         f"Nano size but for what varies; otherwise T {BASE['T']}, B {BASE['B']}, D {BASE['D']}; K: sweeps of Lagged Cache Training. "
         "Duration of a training step (of one more token, for cached tokens) and the most bytes of tensors it holds beyond those "
         "before it; the exponents with which both grow from the last value but one to the last (1: proportional, 0: flat). Expected: 1 in "
         "B, T and K, to 2 in T where attention's square takes over; 1 to 2 in D, whose products grow with its square and whose other "
         "work grows with itself; in cached tokens 0 where every layer is a memory layer, and up to 1 where softmax layers read all keys "
-        "(`infini` has three of them above one memory layer). Small steps leave the line from above: a fixed number of calls.\n\n"
-        "![Cost over T, B, D, K and cached tokens](bench_scaling.png)"
+        "(`infini` has three of them above one memory layer). Small steps leave the line from above: a fixed number of calls."
     )
     figures = {axis: figures for axis, (_, figures) in found.items()}
-    return Found(f"{table(HEAD, lines)}\n\n{told}", figures)
+    return Found(f"{table(HEAD, lines)}\n\n{told}", figures, ("Cost over T, B, D, K and cached tokens", figure))
 
 
-def _draw(found: dict[str, Points]) -> None:
+def _drawn(found: dict[str, Points]) -> Figure:
     import matplotlib.pyplot as plt
 
     figure, grid = plt.subplots(2, len(found), figsize=(3 * len(found), 5))
@@ -131,5 +130,5 @@ def _draw(found: dict[str, Points]) -> None:
     grid[1][0].set_ylabel("peak MiB")
     grid[0][0].legend(title="dotted: proportional", fontsize=7, title_fontsize=7)
     figure.tight_layout()
-    figure.savefig(PICTURE, dpi=110)
     plt.close(figure)
+    return figure

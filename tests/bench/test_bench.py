@@ -1,30 +1,33 @@
 """A measurement that cannot be trusted, or cannot be made, is not written."""
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from bench import __main__ as command
-from bench import measure
+from bench import measure, page
 from bench.measure import Found, NotWrittenError, Row, describe_load, paired_ratio, require_quiet, take_turns
 
 
 @pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the benches whose figures were written."""
-    names: list[str] = []
-    monkeypatch.setattr(command, "write", lambda name, about, figures: names.append(name))
-    monkeypatch.setattr(command, "_put", lambda name, section: names.append(f"{name} in docs"))
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty folder for figures and docs."""
+    for module, name in ((measure, "RESULTS"), (measure, "DOCS"), (command, "DOCS"), (page, "RESULTS")):
+        monkeypatch.setattr(module, name, tmp_path)
     monkeypatch.setattr(measure, "DEVICE", measure.DEVICE)
     monkeypatch.setattr(measure, "fitted", [])
-    return names
+    return tmp_path
 
 
 def bench(monkeypatch: pytest.MonkeyPatch, run: Any, *arguments: str) -> int:
     """Exit code of the command when the bench of start-up does what `run` does."""
     monkeypatch.setattr(command.sys, "argv", ["bench", "startup", *arguments])
-    monkeypatch.setattr(command.importlib, "import_module", lambda name: type("Bench", (), {"run": staticmethod(run)}))
+    monkeypatch.setitem(sys.modules, "bench.startup", type("Bench", (), {"run": staticmethod(run)}))
     with pytest.raises(SystemExit) as ended:
         command.main()
     return int(ended.value.code or 0)
@@ -52,13 +55,51 @@ def test_rounds_that_spread_too_far_are_refused_with_figures() -> None:
         require_quiet([Row("steady", [1.0, 1.1, 0.9, 1.0], 0), Row("loud", [1.0, 3.0, 0.5, 2.0], 0)], "sizes")
 
 
-def test_what_is_measured_is_written(monkeypatch: pytest.MonkeyPatch, written: list[str]) -> None:
-    assert bench(monkeypatch, lambda quick: Found("text", {})) == 0
-    assert written == ["startup", "startup in docs"]
+def test_what_is_measured_is_written(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
+    about = {**measure.machine(), "device": "Some CPU(R) 9", "cores": 2, "torch": "2.x"}
+    monkeypatch.setattr(command, "machine", lambda: about)
+
+    assert bench(monkeypatch, lambda quick: Found("two\nlines", {"seconds": [1, 2]}, ("A circle", Figure()))) == 0
+
+    written = json.loads((kept / "some_cpu_r_9_2_cores.json").read_text())
+    assert written["startup"]["seconds"] == [1, 2]
+    assert written["startup"]["machine"] == about
+    text = (kept / "benchmarks.md").read_text()
+    assert (
+        "## Start-up\n\n`python -m bench startup`\n\n### Some CPU(R) 9, 2 cores\n\ntwo\nlines\n\n![A circle](" in text
+    )
+    assert (kept / "bench_startup_some_cpu_r_9_2_cores.png").exists()
+
+
+def test_a_machine_replaces_its_own_figures_and_keeps_those_of_others(
+    monkeypatch: pytest.MonkeyPatch, kept: Path
+) -> None:
+    for device, text in (("B", "old"), ("A", "kept"), ("B", "new")):
+        about = {**measure.machine(), "device": device}
+        monkeypatch.setattr(command, "machine", lambda about=about: about)
+        assert bench(monkeypatch, lambda quick, text=text: Found(text, {})) == 0
+
+    told = (kept / "benchmarks.md").read_text()
+    assert "old" not in told
+    assert told.index("kept") < told.index("new")
+    assert told.count("## Start-up") == 1
+
+
+def test_quick_writes_nothing(monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
+    assert bench(monkeypatch, lambda quick: Found("text", {}), "--quick") == 0
+    assert list(kept.iterdir()) == []
+
+
+def test_docs_are_what_the_results_say() -> None:
+    assert (measure.DOCS / "benchmarks.md").read_text() == page.page(command.BENCHES)
+    found = [json.loads(path.read_text()) for path in measure.RESULTS.glob("*.json")]
+    assert {name for by_bench in found for name in by_bench} <= set(command.BENCHES)
+    pictures = {entry["picture"]["file"] for by_bench in found for entry in by_bench.values() if "picture" in entry}
+    assert pictures == {path.name for path in measure.DOCS.glob("bench_*.png")}
 
 
 def test_a_refused_measurement_is_not_written_and_the_load_before_is_told(
-    monkeypatch: pytest.MonkeyPatch, written: list[str], capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, kept: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def loud(quick: bool) -> Found:
         raise NotWrittenError("rounds spread.")
@@ -71,11 +112,11 @@ def test_a_refused_measurement_is_not_written_and_the_load_before_is_told(
     said = capsys.readouterr().err
     assert "startup: the machine is busy." in said
     assert "rounds spread. Before it began other programs took 80% of 2 cores, load 3.0." in said
-    assert written == []
+    assert list(kept.iterdir()) == []
 
 
 def test_out_of_memory_names_the_sizes_that_fitted(
-    monkeypatch: pytest.MonkeyPatch, written: list[str], capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, kept: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def too_large(quick: bool) -> Found:
         require_quiet([Row("ours", [1.0, 1.0], 0)], "training, nano")
@@ -85,7 +126,7 @@ def test_out_of_memory_names_the_sizes_that_fitted(
 
     said = capsys.readouterr().err
     assert "startup: out of memory (tried to allocate 9 GiB). Allowed: what fits, so far training, nano." in said
-    assert written == []
+    assert list(kept.iterdir()) == []
 
 
 @pytest.mark.parametrize(

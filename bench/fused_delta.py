@@ -12,9 +12,9 @@ from torch.nn.functional import normalize
 from bench.measure import DEVICE, Found, paired_ratio, require_quiet, table, take_turns
 from bench.peers import import_peer, missing, problem_with, version_of
 from newllm.layers import fused_delta
-from newllm.layers.banks import Banks, of_texts
+from newllm.layers.banks import Banks
 from newllm.layers.kernels import DeltaToken
-from newllm.layers.segments import Tokens, cut
+from newllm.layers.segments import Tokens, cut, of_texts
 
 PEER = "flash-linear-attention"
 BATCH, HEADS, HEAD_DIM, SEGMENT = 8, 4, 64, 64
@@ -31,7 +31,7 @@ def by_segments(
     banks, answers = Banks(kernel, empty, **options), []
     for segments in cut(queries, Tokens(keys, values, strengths), SEGMENT, at_once=banks.segments_at_once()):
         rows = banks.pass_over(segments, writes=True).read_only()
-        answers.append(of_texts(rows, segments.queries.shape[2], axis=1))
+        answers.append(of_texts(rows, len(segments.queries), axis=1))
     return torch.cat(answers, dim=2), banks.memory.matrix[:, 0]
 
 

@@ -96,10 +96,16 @@ def use_fused_kernels(model: nn.Module, runtime: RuntimeConfig) -> None:
     if runtime.accelerator != "gpu" or "16" not in runtime.precision:
         return
     layers = [layer for layer in model.modules() if isinstance(layer, MemoryLayer) and layer.takes_fused]
-    rule = fused_delta.installed() if layers else None
-    if rule is None:
+    if not layers:
         return
-    problems = {layer.use_fused(rule, "cuda") for layer in layers} - {None}
+    try:
+        rule = fused_delta.installed()
+    except fused_delta.NotUsableError as error:
+        problems: set[str | None] = {str(error)}
+    else:
+        if rule is None:
+            return
+        problems = {layer.use_fused(rule, "cuda") for layer in layers} - {None}
     for problem in sorted(problems, key=str):
         log.warning(
             "layers.memory_kernel=delta_token: flash-linear-attention is not used, %s. Training goes on with the own form, which is "

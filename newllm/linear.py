@@ -50,6 +50,8 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
         left: [M, N].
         right: [M, K].
     """
+    if not _pays(left.T, right.T):
+        return left.T @ right
     # oneDNN is faster with the wider of the two at the right. A wide product is then turned.
     return linear(right.T, left.T).T if left.shape[1] > right.shape[1] else linear(left.T, right.T)
 

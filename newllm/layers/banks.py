@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from newllm.layers.kernels import Elu, Kernel, Segment
 from newllm.layers.memory import Bank, LinearMemory
-from newllm.layers.segments import Segments
+from newllm.layers.segments import Segments, joined
 
 # Bytes of the banks' matrices that stand side by side, one set for each segment, by device: what a CPU's caches hold; what
 # keeps a GPU busy.
@@ -83,36 +83,35 @@ class Banks:
         """
         current = set(enumerate(self._versions))
         self._known = {version: prepared for version, prepared in self._known.items() if version in current}
-        arranged, count = self.kernel.arrange(segments), segments.queries.shape[2]
-        rows, writes = arranged.as_rows(), writes and not all(self._frozen)
+        arranged, count = self.kernel.arrange(segments), len(segments.queries)
+        writes = writes and not all(self._frozen)
+        targets = self._take_turns(count, writes=writes)
+        if writes and self.kernel.divides_by_norms:
+            arranged = self.kernel.divided(arranged, self._found_norms(targets, arranged.key_sum, detach_after))
+        rows = arranged.as_rows()
         one_by_one: Sequence[Segment | None] = [None] * count
         if writes or self.kernel.reads_open_segment:
             one_by_one = arranged.one_by_one() if count > 1 else [rows]
         found: list[dict[Version, Bank]] = []
-        targets, novelties = [], []
-        first_written: dict[int, int] = {}
-        for index, segment in enumerate(one_by_one):
-            target = self._next_open()
+        novelties = []
+        for index, (target, segment) in enumerate(zip(targets, one_by_one, strict=True)):
             found.append(dict(zip(enumerate(self._versions), self._banks, strict=True)))
-            targets.append(self.current if target is None else target)
             if segment is not None:
-                bank = self._banks[targets[-1]]
+                bank = self._banks[target]
                 novelties.append(self.kernel.novelty(bank, segment))
                 if writes:
-                    self._replace(targets[-1], self.kernel.write(bank, segment, novelties[-1]))
-                    first_written.setdefault(targets[-1], index)
-                    self._pass_turn(targets[-1])
+                    self._replace(target, self.kernel.write(bank, segment, novelties[-1]))
             if index in detach_after:
                 self._detach()
+        first_written = {target: targets.index(target) for target in targets} if writes else {}
         is_empty = self._is_empty_BN
         if count > 1:
-            is_empty = (is_empty.unsqueeze(1) & ~self._is_after(first_written, count)).flatten(0, 1)
+            is_empty = (is_empty & ~self._is_after(first_written, count).unsqueeze(1)).flatten(0, 1)
         if first_written:
             self._is_empty_BN = self._is_empty_BN & ~self._is_one_of(first_written)
         own = None
         if self.kernel.reads_open_segment:
-            novelty = novelties[0] if count == 1 else torch.stack(novelties, dim=1).flatten(0, 1)
-            own = Own(self._is_target(targets), novelty)
+            own = Own(self._is_target(targets), joined(novelties, dim=0))
         return Snapshots(self, rows, found, is_empty, own)
 
     def read(self, bank: Bank, segment: Segment) -> Tensor:
@@ -138,11 +137,31 @@ class Banks:
         return self.kernel.fused is not None and not self._frozen[0] and torch.is_grad_enabled()
 
     def pass_over_fused(self, segments: Segments) -> Tensor:
-        """Read and write whole segments; return what the only bank answered on the way [B, H, n * L, d]."""
+        """Read and write whole segments; return what the only bank answered on the way [n * B, H, L, d]."""
         answers, written = self.kernel.pass_over(self._banks[0], segments)
         self._replace(0, written)
         self._is_empty_BN = torch.zeros_like(self._is_empty_BN)
         return answers
+
+    def _take_turns(self, count: int, *, writes: bool) -> list[int]:
+        """The banks that so many segments go to, or would if none was frozen; passes the turn on if they are written."""
+        targets = []
+        for _ in range(count):
+            target = self._next_open()
+            targets.append(self.current if target is None else target)
+            if writes:
+                self._pass_turn(targets[-1])
+        return targets
+
+    def _found_norms(self, targets: Sequence[int], key_sums: Tensor, detach_after: Collection[int]) -> Tensor:
+        """The norms [n, B, H, d] of the segments' targets as each will find it, from the sums of their keys [n, B, H, d]."""
+        norms, found = [bank.norm for bank in self._banks], []
+        for index, (target, key_sum) in enumerate(zip(targets, key_sums.unbind(0), strict=True)):
+            found.append(norms[target])
+            norms[target] = norms[target] + key_sum
+            if index in detach_after:
+                norms = [norm.detach() for norm in norms]
+        return torch.stack(found)
 
     def _detach(self) -> None:
         for place, bank in enumerate(self._banks):
@@ -169,7 +188,7 @@ class Banks:
         """True for the target of each row [R, N]."""
         if len(self) == 1:
             return self._is_empty_BN.new_ones(len(targets) * len(self._is_empty_BN), 1)
-        return torch.stack([self._is_one_of([target]) for target in targets]).repeat(len(self._is_empty_BN), 1)
+        return torch.cat([self._is_one_of([target]).expand_as(self._is_empty_BN) for target in targets])
 
     def _is_one_of(self, banks: Collection[int]) -> Tensor:
         """True for those banks [N]."""
@@ -202,7 +221,7 @@ class Own(NamedTuple):
 class Snapshots:
     """The banks as each of several segments found them, to be read by its queries; every segment is a row.
 
-    R: rows, the segments of a text one after another. N: banks.
+    R: rows, all texts' first segments, then their second ones. N: banks.
 
     Args:
         banks: that the segments passed.
@@ -234,13 +253,13 @@ class Snapshots:
         assert len(self._found[0]) == 1, "several banks are read with weights"
         (bank,) = self._found[0].values()
         if len(self._found) > 1:
-            bank = Bank(*(self._rows(name).squeeze(1) for name in Bank._fields))
+            bank = Bank(*(self._rows(name).squeeze(2) for name in Bank._fields))
         answer = self._banks.read(bank, self.segment)
         return answer if self._own is None else answer + self._read_open(self.segment, self._own)
 
     def read_total(self) -> Tensor:
         """Return what one bank would answer that holds the sums of all of them [R, H, m, d]."""
-        totals = Bank(*(self._rows(name).sum(1) for name in Bank._fields))
+        totals = Bank(*(self._rows(name).sum(2) for name in Bank._fields))
         answer = self._banks.read(totals, self.segment)
         return answer if self._own is None else answer + self._read_open(self.segment, self._own)
 
@@ -265,7 +284,7 @@ class Snapshots:
     def cosines(self) -> Tensor:
         """Return how much the sum of each bank's key features points the way of each query [R, N, H, m]."""
         queries = self.segment.queries
-        norms = self._rows("norm").permute(0, 2, 3, 1)  # [R, H, d, N]
+        norms = self._rows("norm").mT  # [R, H, d, N]
         cosines = (queries @ normalize(norms, dim=-2)).permute(0, 3, 1, 2) / queries.norm(dim=-1).unsqueeze(1)
         if self._own is None:
             return cosines
@@ -275,25 +294,19 @@ class Snapshots:
         return torch.where(self._own.is_target[..., None, None], open_cosines.unsqueeze(1), cosines)
 
     def _prepared(self) -> tuple[Tensor, ...]:
-        """What weighted reads take of all banks [R, N, ...]."""
+        """What weighted reads take of all banks [R, H, N, ...]."""
         if self.kernel.reads_as_found:
             return tuple(self._rows(name) for name in self.kernel.reads_as_found)
-        prepared = [self._banks.prepared(*item) for banks in self._found for item in banks.items()]
-        return tuple(self._stacked(list(tensors)) for tensors in zip(*prepared, strict=True))
+        prepared = [[self._banks.prepared(*item) for item in banks.items()] for banks in self._found]
+        return tuple(
+            _as_rows([[tensors[i] for tensors in banks] for banks in prepared]) for i in range(len(prepared[0][0]))
+        )
 
     def _rows(self, name: str) -> Tensor:
-        """A sum of all banks as the segments found it [R, N, ...]."""
+        """A sum of all banks as the segments found it [R, H, N, ...]; of tokens, which have no heads, [R, 1, N]."""
         if name not in self._stacks:
-            self._stacks[name] = self._stacked(
-                [getattr(bank, name) for banks in self._found for bank in banks.values()]
-            )
+            self._stacks[name] = _as_rows([[getattr(bank, name) for bank in banks.values()] for banks in self._found])
         return self._stacks[name]
-
-    def _stacked(self, by_segment_and_bank: list[Tensor]) -> Tensor:
-        """n * N tensors [B, ...] as [R, N, ...]."""
-        if len(self._found) == 1:
-            return torch.stack(by_segment_and_bank, dim=1)
-        return torch.stack(by_segment_and_bank, dim=1).unflatten(1, (len(self._found), -1)).flatten(0, 1)
 
     def _read_open(self, segment: Segment, own: Own) -> Tensor:
         if segment is not self.segment:
@@ -303,11 +316,11 @@ class Snapshots:
         return self._open_answer
 
 
-def of_texts(rows: Tensor, num_segments: int, *, axis: int) -> Tensor:
-    """Return rows of segments as texts again: [B * n, ..., m, ...] to [B, ..., n * m, ...], behind `axis` axes without that of rows."""
-    if num_segments == 1:
-        return rows
-    return rows.unflatten(0, (-1, num_segments)).movedim(1, axis + 1).flatten(axis + 1, axis + 2)
+def _as_rows(by_segment: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Tensors [B, H, ...] of the banks of each segment as [R, H, N, ...]."""
+    if len(by_segment[0]) == 1:
+        return joined([tensor for (tensor,) in by_segment], dim=0).unsqueeze(2)
+    return joined([torch.stack(list(tensors), dim=2) for tensors in by_segment], dim=0)
 
 
 def shares(logits: Tensor, has_content: Tensor) -> Tensor:

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from newllm.layers import fused_delta
 from newllm.layers.memory import Bank, LinearMemory, WriteRule, divide
-from newllm.layers.segments import Segments, Tokens, causal, side_by_side
+from newllm.layers.segments import Segments, Tokens, causal_scores, of_texts, side_by_side
 
 
 class Segment(NamedTuple):
     """Segments as a memory sees them: side by side, one of them (without the axis n), or each as a row of its own (n with B).
 
     Attributes:
-        queries: features of the queries [B, H, n, m, d].
-        keys: features of the keys [B, H, n, L, d].
-        key_sum: their sum [B, H, n, d].
-        values: [B, H, n, L, d].
+        queries: features of the queries [n, B, H, m, d].
+        keys: features of the keys [n, B, H, L, d].
+        key_sum: their sum [n, B, H, d].
+        values: [n, B, H, L, d].
         products: what the kernel computed ahead.
     """
 
@@ -35,13 +35,11 @@ class Segment(NamedTuple):
 
     def one_by_one(self) -> list[Segment]:
         """Return segments that stand side by side one by one."""
-        return [self._of(tensors) for tensors in zip(*(tensor.unbind(2) for tensor in self._tensors()), strict=True)]
+        return [self._of(tensors) for tensors in zip(*(tensor.unbind(0) for tensor in self._tensors()), strict=True)]
 
     def as_rows(self) -> Segment:
-        """Return segments that stand side by side as rows, a text's segments one after another."""
-        if self.keys.shape[2] == 1:  # a step of one token: an operation less for each
-            return self._of([tensor.squeeze(2) for tensor in self._tensors()])
-        return self._of([tensor.transpose(1, 2).flatten(0, 1) for tensor in self._tensors()])
+        """Return segments that stand side by side as rows, all texts' first segments, then their second ones."""
+        return self._of([tensor.flatten(0, 1) for tensor in self._tensors()])
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.queries, self.keys, self.key_sum, self.values, *self.products
@@ -60,6 +58,7 @@ class Kernel:
         has_strengths: tokens say how much of their value they write.
         reads_as_found: sums of `Bank` that reads of several banks take as they are; empty if they take what `prepare` returns.
         reads_open_segment: reads see the tokens of the query's own segment too, up to the query.
+        divides_by_norms: what is written depends on the norm of the bank it goes to.
         fused: a device's kernel for whole segments of one bank, with which `pass_over` trains; None where there is none.
     """
 
@@ -67,6 +66,7 @@ class Kernel:
     has_strengths: ClassVar[bool] = False
     reads_as_found: ClassVar[tuple[str, ...]] = ()
     reads_open_segment: ClassVar[bool] = False
+    divides_by_norms: bool = False
     fused: fused_delta.Rule | None = None
 
     def __init__(self, rule: WriteRule = "linear") -> None:
@@ -128,11 +128,20 @@ class Kernel:
         """Return the sum of what banks answer to the segment's queries, by weights [B, H, m, d].
 
         Args:
-            prepared: of all banks, side by side on axis 1; or the sums that `reads_as_found` names.
+            prepared: of all banks, side by side on axis 2; or the sums that `reads_as_found` names.
             segment: whose queries are asked.
             weights: of the banks [B, N, H or 1, m or 1]; 0 for one that is empty.
         """
         return weighted_products(segment.queries.unsqueeze(3), weights, prepared[0])
+
+    def divided(self, segments: Segment, norms: Tensor) -> Segment:
+        """Return segments, side by side, ready to be written, if what is written depends on norms.
+
+        Args:
+            segments: as `arrange` returned them.
+            norms: of the banks that they go to, as each will find it [n, B, H, d].
+        """
+        raise NotImplementedError
 
     def novelty(self, bank: Bank, segment: Segment) -> Tensor:
         """Return the values [B, H, L, d] that writing the segment to the bank would associate with its keys."""
@@ -144,8 +153,8 @@ class Kernel:
 
     def write(self, bank: Bank, segment: Segment, novelty: Tensor) -> Bank:
         """Return the bank with a closed segment written to it; all its sums run over the same tokens."""
-        turned = segment.keys.transpose(-1, -2)
-        return bank.plus(matrix=turned @ novelty, norm=segment.key_sum)
+        matrix = plus_product(bank.matrix, segment.keys.mT, novelty)
+        return bank._replace(matrix=matrix).plus(norm=segment.key_sum)
 
     def pass_over(self, bank: Bank, segments: Segments) -> tuple[Tensor, Bank]:
         """Return what the bank answers to whole segments while each is written after it was read, and the bank after them.
@@ -153,7 +162,7 @@ class Kernel:
         Only for kernels with `fused` set.
 
         Returns:
-            Answers [B, H, n * L, d], and the bank.
+            Answers [n * B, H, L, d], and the bank.
         """
         raise NotImplementedError
 
@@ -178,6 +187,10 @@ class Elu(Kernel):
 
     reads_as_found = ("matrix", "norm")
 
+    def __init__(self, rule: WriteRule) -> None:
+        super().__init__(rule)
+        self.divides_by_norms = rule == "delta"
+
     def read(self, bank: Bank, segment: Segment) -> Tensor:
         return divide(*self.sums(bank, segment).split([segment.values.shape[-1], 1], dim=-1))
 
@@ -197,13 +210,17 @@ class Elu(Kernel):
         return torch.cat([super().read_weighted((matrices,), segment, weights), denominator], dim=-1)
 
     def _denominators(self, norms: Tensor, segment: Segment) -> Tensor:
-        """Norms [B, N, H, d] to what every query would divide by [B, N, H, m]."""
-        return (segment.queries @ norms.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        """Norms [B, H, N, d] to what every query would divide by [B, N, H, m]."""
+        return (segment.queries @ norms.mT).permute(0, 3, 1, 2)
+
+    def divided(self, segments: Segment, norms: Tensor) -> Segment:
+        # The norms are sums of keys alone, known before any value is written: all segments' answers are divided at once.
+        return segments._replace(products=(divide(segments.keys, segments.keys @ norms.unsqueeze(-1)),))
 
     def novelty(self, bank: Bank, segment: Segment) -> Tensor:
         if self.rule == "linear":
             return segment.values
-        return segment.values - divide(segment.keys @ bank.matrix, segment.keys @ bank.norm.unsqueeze(-1))
+        return plus_product(segment.values, segment.products[0], bank.matrix, sign=-1)
 
     def recall_flops(self, lengths: Sequence[int], num_banks: int, head_dim: int) -> float:
         return 2 * sum(lengths) * num_banks * head_dim * (head_dim + 1)
@@ -234,7 +251,7 @@ class Centred(Kernel):
 
     def read_weighted(self, prepared: tuple[Tensor, ...], segment: Segment, weights: Tensor) -> Tensor:
         centred, mean_keys = prepared
-        asked = segment.queries.unsqueeze(3) - mean_keys.transpose(1, 2).unsqueeze(2)  # [B, H, m, N, d]
+        asked = segment.queries.unsqueeze(3) - mean_keys.unsqueeze(2)  # [B, H, m, N, d]
         return weighted_products(asked, weights, centred)
 
     def write(self, bank: Bank, segment: Segment, novelty: Tensor) -> Bank:
@@ -271,7 +288,8 @@ class Ridge(Kernel):
         return bank.gram + torch.diag_embed(scale.expand_as(bank.norm))
 
     def write(self, bank: Bank, segment: Segment, novelty: Tensor) -> Bank:
-        return super().write(bank, segment, novelty).plus(gram=segment.keys.transpose(-1, -2) @ segment.keys)
+        gram = plus_product(bank.gram, segment.keys.mT, segment.keys)
+        return super().write(bank, segment, novelty)._replace(gram=gram)
 
     def recall_flops(self, lengths: Sequence[int], num_banks: int, head_dim: int) -> float:
         factors, side = 2 / 3 * head_dim**3, 2 * head_dim**2
@@ -304,15 +322,14 @@ class DeltaToken(Kernel):
     def arrange(self, segments: Segments) -> Segment:
         queries = torch.nn.functional.normalize(segments.queries, dim=-1)
         keys = torch.nn.functional.normalize(segments.keys, dim=-1)
-        steps = segments.strengths * (
-            keys @ keys.mT
-        )  # [B, H, n, L, L], of which the solver reads the part below the diagonal
+        # [n, B, H, L, L], of which the solver reads the part below the diagonal
+        steps = segments.strengths * causal_scores(keys, keys)
         # Inverted, not solved for both sides: the solver takes one segment after another, products take all of them at once.
         identity = torch.eye(steps.shape[-1], device=steps.device, dtype=steps.dtype).expand_as(steps)
         inverse = torch.linalg.solve_triangular(steps, identity, upper=False, unitriangular=True)
         weighed = inverse * segments.strengths.mT
         erased, fresh = weighed @ keys, weighed @ segments.values
-        scores = causal(queries @ keys.mT)  # [B, H, n, m, L]
+        scores = causal_scores(queries, keys)  # [n, B, H, m, L]
         return super().arrange(segments)._replace(products=(queries, keys, erased, fresh, scores))
 
     def take(self, segment: Segment, index_BK: Tensor) -> Segment:
@@ -322,7 +339,7 @@ class DeltaToken(Kernel):
 
     def novelty(self, bank: Bank, segment: Segment) -> Tensor:
         _, _, erased, fresh, _ = segment.products
-        return fresh - erased @ bank.matrix
+        return plus_product(fresh, erased, bank.matrix, sign=-1)
 
     def read(self, bank: Bank, segment: Segment) -> Tensor:
         return segment.products[0] @ bank.matrix
@@ -335,15 +352,17 @@ class DeltaToken(Kernel):
 
     def write(self, bank: Bank, segment: Segment, novelty: Tensor) -> Bank:
         # The norm keeps the features' sum: where the keys of this bank lie, for the choice between memories.
-        keys = segment.products[1]
-        return bank.plus(matrix=keys.transpose(-1, -2) @ novelty, norm=segment.key_sum)
+        matrix = plus_product(bank.matrix, segment.products[1].mT, novelty)
+        return bank._replace(matrix=matrix).plus(norm=segment.key_sum)
 
     def pass_over(self, bank: Bank, segments: Segments) -> tuple[Tensor, Bank]:
         assert self.fused is not None, "segments are passed over together by a fused kernel only"
         queries, keys = (torch.nn.functional.normalize(part, dim=-1) for part in (segments.queries, segments.keys))
-        q, k, v, strengths = (part.flatten(2, 3) for part in (queries, keys, segments.values, segments.strengths))
+        count, parts = len(queries), (queries, keys, segments.values, segments.strengths)
+        q, k, v, strengths = (of_texts(part.flatten(0, 1), count, axis=1) for part in parts)  # [B, H, n * L, d]
         answers, matrix = fused_delta.pass_over(self.fused, q, k, v, strengths, bank.matrix)
-        return answers, bank._replace(matrix=matrix).plus(norm=segments.key_features.sum(dim=(2, 3)))
+        rows = answers.unflatten(2, (count, -1)).permute(2, 0, 1, 3, 4).flatten(0, 1)
+        return rows, bank._replace(matrix=matrix).plus(norm=segments.key_features.sum(dim=(0, 3)))
 
     def as_one_segment(
         self, queries: Tensor, keys: Tensor, values: Tensor, strengths: Tensor, matrix: Tensor
@@ -365,17 +384,30 @@ def _asks_few(num_queries: int, head_dim: int) -> bool:
     return num_queries < head_dim
 
 
-def weighted_products(asked_BHmNd: Tensor, weights_BNHm: Tensor, maps_BNHde: Tensor) -> Tensor:
+def plus_product(base: Tensor, left: Tensor, right: Tensor, *, sign: int = 1) -> Tensor:
+    """Return base + sign * (left @ right), in one call for what is small and done often.
+
+    Args:
+        base: [B, H, M, N].
+        left: [B, H, M, K].
+        right: [B, H, K, N].
+        sign: 1 or -1.
+    """
+    total = torch.baddbmm(base.flatten(0, 1), left.flatten(0, 1), right.flatten(0, 1), alpha=sign)
+    return total.unflatten(0, base.shape[:2])
+
+
+def weighted_products(asked_BHmNd: Tensor, weights_BNHm: Tensor, maps_BHNde: Tensor) -> Tensor:
     """Return the sum of weights * (asked @ maps) over N, [B, H, m, e]: it is the product's own sum, no summand is ever there.
 
     Args:
         asked_BHmNd: what each of the maps is asked [B, H, m, N or 1, d].
         weights_BNHm: [B, N, H or 1, m or 1].
-        maps_BNHde: [B, N, H, d, e].
+        maps_BHNde: [B, H, N, d, e].
     """
     # Contiguous: in the order of the weights as they come the product would be copied for the one after it.
     weighed = asked_BHmNd * weights_BNHm.permute(0, 2, 3, 1).contiguous().unsqueeze(-1)
-    return weighed.flatten(3) @ maps_BNHde.transpose(1, 2).flatten(2, 3)  # [B, H, m, N*d] @ [B, H, N*d, e]
+    return weighed.flatten(3) @ maps_BHNde.flatten(2, 3)  # [B, H, m, N*d] @ [B, H, N*d, e]
 
 
 def take_positions(tensor_BHTd: Tensor, index_BK: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from newllm.config.fields import Range, not_dividing
 from newllm.config.schema import GroupConfig
 from newllm.layers import fused_delta
-from newllm.layers.banks import Banks, Snapshots, of_texts
+from newllm.layers.banks import Banks, Snapshots
 from newllm.layers.base import MLP, Layer
 from newllm.layers.kernels import DeltaToken, make_kernel
 from newllm.layers.memory import divide
@@ -73,11 +73,11 @@ class MemoryConfig(GroupConfig):
 
 
 class Recall(NamedTuple):
-    """What the memories say to queries.
+    """What the memories say to queries; R: rows, a segment each.
 
     Attributes:
-        values: [B, H, m, d]; with mix=joint numerator and denominator side by side [B, H, m, d + 1].
-        decisions: what the layer decided per position on the way [B, ..., m]; None if nothing.
+        values: [R, H, m, d]; with mix=joint numerator and denominator side by side [R, H, m, d + 1].
+        decisions: what the layer decided per position on the way [R, ..., m]; None if nothing.
     """
 
     values: Tensor
@@ -85,17 +85,21 @@ class Recall(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """Attention of a call.
+    """Attention of segments that stood side by side, each a row.
 
     Attributes:
-        values: memory and local attention together [B, H, T, d].
-        recalled: the memory's answers [B, H, T, d].
-        gates: weight of the memory, 0 to 1 [B, H or 1, T, 1].
+        values: memory and local attention together [R, H, m, d].
+        recalled: the memory's answers [R, H, m, d].
+        gates: weight of the memory, 0 to 1 [R, H or 1, m, 1].
+        decisions: as in `Recall`.
+        num_segments: how many of each text.
     """
 
     values: Tensor
     recalled: Tensor
     gates: Tensor
+    decisions: Tensor | None
+    num_segments: int
 
 
 class MemoryLayer(Layer):
@@ -124,9 +128,7 @@ class MemoryLayer(Layer):
         self.num_heads, self.head_dim = config.memory_heads, dim // config.memory_heads
         self.attention_norm = nn.LayerNorm(dim)
         self.mlp_norm = nn.LayerNorm(dim)
-        self.query = Linear(dim, dim, bias=False)
-        self.key = Linear(dim, dim, bias=False)
-        self.value = Linear(dim, dim, bias=False)
+        self.query_key_value = Linear(dim, 3 * dim, bias=False)
         self.output = Linear(dim, dim, bias=False)
         self.mlp = MLP(dim, mlp_dim)
         if self.kernel.has_strengths:
@@ -176,8 +178,9 @@ class MemoryLayer(Layer):
         self, hidden: Tensor, state: MemoryLayerState, *, update_memory: bool = True
     ) -> tuple[Tensor, MemoryLayerState]:
         def attend(normed: Tensor, rows_state: MemoryLayerState) -> tuple[Tensor, MemoryLayerState]:
-            attended, _, next_state = self._attend(normed, rows_state, update_memory)
-            return self.output(attended.values.transpose(1, 2).flatten(2).to(normed.dtype)), next_state
+            parts, next_state = self._attend(normed, rows_state, update_memory)
+            values = joined([_as_tokens(part.values, part.num_segments) for part in parts], dim=1)
+            return self.output(values.to(normed.dtype)), next_state
 
         attended, next_state = by_groups(attend, self.attention_norm(hidden), state, state.places)
         return hidden + attended + self.mlp(self.mlp_norm(hidden)), next_state
@@ -195,12 +198,11 @@ class MemoryLayer(Layer):
         """
         normed, rows = self.attention_norm(hidden), []
         for row in range(hidden.shape[0]):
-            attended, recalls, _ = self._attend(normed[row : row + 1], state.select([row]), update_memory=True)
-            norms = attended.recalled.square().sum(dim=(1, 3)).sqrt()
-            decisions = [recall.decisions for recall in recalls if recall.decisions is not None]
-            facts = self.facts(torch.cat(decisions, dim=-1)) if decisions else {}
-            rows.append({"gate_mean": _where_it_speaks(attended.gates), "read_norm": norms, **facts})
-        return {name: float(torch.stack([row[name].float().mean() for row in rows]).mean()) for name in rows[0]}
+            parts, _ = self._attend(normed[row : row + 1], state.select([row]), update_memory=True)
+            facts = [self._facts(part) for part in parts]
+            found = {name: torch.cat([fact[name].float().flatten() for fact in facts]) for name in facts[0]}
+            rows.append({**found, "gate_mean": _where_it_speaks(found["gate_mean"])})
+        return {name: float(torch.stack([row[name].mean() for row in rows]).mean()) for name in rows[0]}
 
     def close_segment(self, state: MemoryLayerState) -> MemoryLayerState:
         """Return the state with the open segment written although it is short: where a text ends."""
@@ -223,7 +225,8 @@ class MemoryLayer(Layer):
         writes = closed * self.options.segment_length * self.kernel.write_flops(self.head_dim)
         attention = self.num_heads * (local + inside + writes + self.recall_flops(segments))
         strength = 2 * self.strength.weight.numel() if self.kernel.has_strengths else 0
-        return 2 * 4 * self.query.weight.numel() + strength + attention / length + self.mlp.flops_per_token()
+        projections = 2 * (self.query_key_value.weight.numel() + self.output.weight.numel())
+        return projections + strength + attention / length + self.mlp.flops_per_token()
 
     def state_bytes(self, length: int) -> int:
         open_tokens = length % self.options.segment_length
@@ -232,9 +235,9 @@ class MemoryLayer(Layer):
 
     def _attend(
         self, normed: Tensor, state: MemoryLayerState, update_memory: bool
-    ) -> tuple[Attended, list[Recall], MemoryLayerState]:
-        """Attention, what it recalled by segment, and the next state, for rows whose segments and banks stand at the same place."""
-        queries, keys, values = (self._heads(projection(normed)) for projection in (self.query, self.key, self.value))
+    ) -> tuple[list[Attended], MemoryLayerState]:
+        """Attention by segments, and the next state, for rows whose segments and banks stand at the same place."""
+        queries, keys, values = (self._heads(part) for part in self.query_key_value(normed).chunk(3, dim=-1))
         strengths = keys[..., :0]
         if self.kernel.has_strengths:
             strengths = torch.sigmoid(self._heads(self.strength(normed)))  # [B, T, H] -> [B, H, T, 1]
@@ -245,33 +248,32 @@ class MemoryLayer(Layer):
 
     def _attend_segments(
         self, queries: Tensor, tokens: Tokens, state: MemoryLayerState, update_memory: bool
-    ) -> tuple[Attended, list[Recall], MemoryLayerState]:
+    ) -> tuple[list[Attended], MemoryLayerState]:
         """As `_attend`, from the queries of the call and all tokens since the open segment began."""
-        banks, local, contents = self._banks(state, queries.dtype), [], []
-        recalls: list[Recall] = []
+        banks, parts = self._banks(state, queries.dtype), []
         closed, length, every = 0, self.options.segment_length, self.options.detach_every
         fuses = update_memory and every is None and self.takes_fused and banks.can_fuse()
         at_once = banks.segments_at_once() if self.reads_side_by_side else 1
         for segments in cut(queries, tokens, length, at_once=at_once):
-            count, asked = segments.queries.shape[2:4]
-            is_whole = segments.keys.shape[3] == length
-            local.append(self._local(segments))
-            if fuses and asked == length:
-                recalls.append(Recall(banks.pass_over_fused(segments), None))
-                contents.append(segments.values.new_ones(segments.values.shape[0], count * length, dtype=torch.bool))
+            count, is_whole = len(segments.queries), segments.keys.shape[3] == length
+            if fuses and segments.queries.shape[3] == length:
+                recall = Recall(banks.pass_over_fused(segments), None)
+                has_content = recall.values.new_ones(len(recall.values), 1, dtype=torch.bool)
             else:
                 detach_after = [i for i in range(count * is_whole) if every and (closed + i + 1) % every == 0]
                 seen = banks.pass_over(segments, writes=update_memory and is_whole, detach_after=detach_after)
-                values, decisions = self.recall(seen)
-                if decisions is not None:
-                    decisions = of_texts(decisions, count, axis=decisions.dim() - 2)
-                recalls.append(Recall(of_texts(values, count, axis=1), decisions))
-                contents.append(of_texts(seen.has_content().any(1, keepdim=True).expand(-1, asked), count, axis=0))
+                recall, has_content = self.recall(seen), seen.has_content().any(1, keepdim=True)
+            values, gates = self._mix(recall.values, self._local(segments), has_content[:, :, None, None])
+            recalled = _ratio(recall.values) if self.options.mix == "joint" else recall.values
+            parts.append(Attended(values, recalled, gates, recall.decisions, count))
             closed += count * is_whole
-        recalled = joined([recall.values for recall in recalls], dim=2)
-        has_content = joined(contents, dim=1).unsqueeze(1).unsqueeze(-1)  # [B, T] -> [B, 1, T, 1]
-        attended = self._mix(recalled, joined(local, dim=2), has_content)
-        return attended, recalls, _state_after(state, banks, tokens.last(tokens.keys.shape[2] - closed * length))
+        return parts, _state_after(state, banks, tokens.last(tokens.keys.shape[2] - closed * length))
+
+    def _facts(self, part: Attended) -> dict[str, Tensor]:
+        """What `telemetry` tells, by position."""
+        norms = part.recalled.square().sum(dim=(1, 3)).sqrt()
+        decided = {} if part.decisions is None else self.facts(part.decisions)
+        return {"gate_mean": part.gates, "read_norm": norms, **decided}
 
     def _heads(self, projected: Tensor) -> Tensor:
         """[B, T, H*d] -> [B, H, T, d], at least fp32: sums over a long text lose their last terms below that."""
@@ -290,27 +292,31 @@ class MemoryLayer(Layer):
         )
 
     def _local(self, segments: Segments) -> Tensor:
-        """Attention inside the segments [B, H, n * m, d], with mix=joint its sums side by side [B, H, n * m, d + 1]."""
+        """Attention inside the segments [R, H, m, d], with mix=joint its sums side by side [R, H, m, d + 1]."""
         if self.options.local == "softmax":
             return softmax_attention(segments)
         if self.options.local == "none":
             width = segments.values.shape[-1] + (self.options.mix == "joint")
-            return segments.queries.new_zeros(1, 1, segments.queries.shape[2:4].numel(), width)
+            return segments.queries.new_zeros(1, 1, 1, width)
         numerator, denominator = linear_attention(segments)
         if self.options.mix == "joint":
             return torch.cat([numerator, denominator], dim=-1)
-        return numerator / denominator
+        return divide(numerator, denominator)
 
-    def _mix(self, recalled: Tensor, local: Tensor, has_content: Tensor) -> Attended:
-        """Memory of earlier segments and attention inside this one, joined; `has_content` [B, 1, T, 1] where memory speaks."""
+    def _mix(self, recalled: Tensor, local: Tensor, has_content: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory of earlier segments and attention inside this one, joined, and the memory's weight; `has_content` [R, 1, 1, 1]."""
         if self.options.mix == "joint":
             joint = recalled + local
-            gates = divide(recalled[..., -1:], joint[..., -1:])
-            return Attended(_ratio(joint), _ratio(recalled), gates)
+            return _ratio(joint), divide(recalled[..., -1:], joint[..., -1:])
         if self.options.local == "none":
-            return Attended(recalled, recalled, has_content.to(recalled.dtype))
+            return recalled, has_content.to(recalled.dtype).expand(-1, -1, recalled.shape[2], -1)
         gates = torch.sigmoid(self.memory_gate).view(-1, 1, 1).to(recalled.dtype) * has_content
-        return Attended(torch.lerp(local, recalled, gates), recalled, gates)
+        return torch.lerp(local, recalled, gates), gates.expand(-1, -1, recalled.shape[2], -1)
+
+
+def _as_tokens(rows_RHmd: Tensor, num_segments: int) -> Tensor:
+    """Rows of segments as texts of tokens, heads side by side [B, n * m, H * d]."""
+    return rows_RHmd.unflatten(0, (num_segments, -1)).permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)
 
 
 def _where_it_speaks(gates: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ n: segments side by side. m: queries of a segment that are asked in this call. L
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +48,10 @@ class Segments(NamedTuple):
     """Equally long segments side by side.
 
     Attributes:
-        queries: [B, H, n, m, d], the last ones of each segment.
-        keys: [B, H, n, L, d].
-        values: [B, H, n, L, d].
-        strengths: [B, H, n, L, 1], or of size 0.
+        queries: [n, B, H, m, d], the last ones of each segment.
+        keys: [n, B, H, L, d].
+        values: [n, B, H, L, d].
+        strengths: [n, B, H, L, 1], or of size 0.
         query_features: queries after the feature map.
         key_features: keys after the feature map.
     """
@@ -91,37 +91,63 @@ def cut(queries_BHTd: Tensor, tokens: Tokens, segment_length: int, *, at_once: i
 
 def side_by_side(queries_BHTd: Tensor, tokens: Tokens, num_segments: int) -> Segments:
     """Return tokens of whole segments with the segments on an axis of their own."""
-    # Contiguous: what follows, and its gradients above all, is slow on heads that lie inside of tokens.
+    # Segments first, and contiguous: one of them, and all of them as rows, are then views of it, and so are their gradients.
     queries, keys, values, strengths = (
-        tensor.contiguous().unflatten(2, (num_segments, tensor.shape[2] // num_segments))
+        tensor.unflatten(2, (num_segments, tensor.shape[2] // num_segments)).permute(2, 0, 1, 3, 4).contiguous()
         for tensor in (queries_BHTd, *tokens)
     )
     return Segments(queries, keys, values, strengths, feature_map(queries), feature_map(keys))
 
 
-def causal(scores: Tensor) -> Tensor:
-    """Return scores [..., m, L] of the last m of L tokens with zeros where a query is earlier than the key."""
-    # A product: tril walks the matrices one by one on the CPU, ten times slower.
-    num_queries, num_keys = scores.shape[-2:]
-    return scores * scores.new_ones(num_queries, num_keys).tril(num_keys - num_queries)
+def causal_scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return the products of queries and keys [..., m, L], zeros where a query is earlier than the key.
+
+    Args:
+        queries: of the last m of the tokens [..., m, d].
+        keys: of all tokens [..., L, d].
+    """
+    return _CausalScores.apply(queries, keys)
+
+
+class _CausalScores(torch.autograd.Function):
+    """Gradients of both are laid out as they are: autograd's own of a turned factor is turned, and slow to go on with."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor) -> Tensor:
+        ctx.save_for_backward(queries, keys)
+        return (queries @ keys.mT).mul_(_visible(queries, keys))
+
+    @staticmethod
+    def backward(ctx: Any, by_scores: Tensor) -> tuple[Tensor, Tensor]:
+        queries, keys = ctx.saved_tensors
+        by_scores = by_scores * _visible(queries, keys)
+        return by_scores @ keys, by_scores.mT @ queries
+
+
+def _visible(queries: Tensor, keys: Tensor) -> Tensor:
+    """1 where a query sees a key, else 0 [m, L]; to multiply by: tril walks many matrices one by one on a CPU."""
+    num_queries, num_keys = queries.shape[-2], keys.shape[-2]
+    return keys.new_ones(num_queries, num_keys).tril(num_keys - num_queries)
 
 
 def linear_attention(segments: Segments) -> tuple[Tensor, Tensor]:
-    """Return numerator [B, H, n * m, d] and denominator [B, H, n * m, 1] of linear attention up to each query."""
-    scores = causal(segments.query_features @ segments.key_features.mT)  # [B, H, n, m, L]
-    return (scores @ segments.values).flatten(2, 3), scores.sum(-1, keepdim=True).flatten(2, 3)
+    """Return numerator [n * B, H, m, d] and denominator [n * B, H, m, 1] of linear attention up to each query."""
+    scores = causal_scores(segments.query_features, segments.key_features)  # [n, B, H, m, L]
+    return (scores @ segments.values).flatten(0, 1), scores.sum(-1, keepdim=True).flatten(0, 1)
 
 
 def softmax_attention(segments: Segments) -> Tensor:
-    """Return softmax attention up to each query [B, H, n * m, d]."""
-    num_heads, num_queries, num_keys = segments.queries.shape[1], segments.queries.shape[3], segments.keys.shape[3]
-    queries, keys, values = (
-        tensor.flatten(1, 2) for tensor in (segments.queries, segments.keys, segments.values)
-    )  # [B, H, n, L, d] -> [B, H * n, L, d]
-    attention = nn.functional.scaled_dot_product_attention
+    """Return softmax attention up to each query [n * B, H, m, d]."""
+    queries, keys, values = (tensor.flatten(0, 1) for tensor in (segments.queries, segments.keys, segments.values))
+    attention, num_queries, num_keys = nn.functional.scaled_dot_product_attention, queries.shape[2], keys.shape[2]
     if num_queries == num_keys:
-        attended = attention(queries, keys, values, is_causal=True)
-    else:
-        is_visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=keys.device)
-        attended = attention(queries, keys, values, attn_mask=is_visible.tril(num_keys - num_queries))
-    return attended.unflatten(1, (num_heads, -1)).flatten(2, 3)
+        return attention(queries, keys, values, is_causal=True)
+    is_visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=keys.device)
+    return attention(queries, keys, values, attn_mask=is_visible.tril(num_keys - num_queries))
+
+
+def of_texts(rows: Tensor, num_segments: int, *, axis: int) -> Tensor:
+    """Return rows of segments as texts again: [n * B, ..., m, ...] to [B, ..., n * m, ...], behind `axis` axes without that of rows."""
+    if num_segments == 1:
+        return rows
+    return rows.unflatten(0, (num_segments, -1)).movedim(0, axis + 1).flatten(axis + 1, axis + 2)

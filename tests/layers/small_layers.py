@@ -96,3 +96,8 @@ def in_calls(layer: Layer, hidden: Tensor, lengths: Iterable[int], state: Any = 
         output, state = layer(call, state)
         outputs.append(output)
     return torch.cat(outputs, dim=1), state
+
+
+def projected(layer: Any, hidden: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values [T, H * d] of one text [1, T, D] in a memory layer."""
+    return layer.query_key_value(layer.attention_norm(hidden)[0]).chunk(3, dim=-1)

@@ -164,6 +164,24 @@ def test_installed_takes_the_kernel_from_the_package(monkeypatch):
     assert fused_delta.installed() is stand_in
 
 
+def test_a_package_that_cannot_be_imported_is_not_used_and_says_why(monkeypatch, caplog):
+    def broken(name):
+        raise ValueError("key contains names that are not kernel arguments\nand more")
+
+    model, runtime = create_model("infini", vocab_size=16, dim=16, memory_kernel="delta_token"), compose(GPU).runtime
+    monkeypatch.setattr(fused_delta.importlib.util, "find_spec", lambda name: object() if name == "fla" else None)
+    monkeypatch.setattr(fused_delta.importlib, "import_module", broken)
+
+    with caplog.at_level(logging.WARNING):
+        hardware.use_fused_kernels(model, runtime)
+
+    assert model.layers[0].kernel.fused is None
+    assert (
+        "is not used, it ends with ValueError: key contains names that are not kernel arguments. Training"
+        in caplog.text
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_installed_kernel_is_accepted_or_named_as_wrong():

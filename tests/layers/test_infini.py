@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_layers import SEGMENT, build, empty, in_calls, texts
+from small_layers import SEGMENT, build, empty, in_calls, projected, texts
 
 from newllm.layers.memory import feature_map
 
@@ -19,9 +19,8 @@ def test_joint_linear_memory_does_not_depend_on_segment_length(segment_length):
 
 def test_joint_linear_memory_is_causal_linear_attention():
     layer, hidden = build("infini-joint"), texts(1, 11)
-    normed = layer.attention_norm(hidden)[0]
-    queries, keys = feature_map(layer.query(normed)), feature_map(layer.key(normed))
-    values = layer.value(normed)
+    queries, keys, values = projected(layer, hidden)
+    queries, keys = feature_map(queries), feature_map(keys)
     expected = []
     for t in range(11):
         weights = queries[t] @ keys[: t + 1].T
@@ -35,8 +34,8 @@ def test_joint_linear_memory_is_causal_linear_attention():
 
 def plain_delta(layer, hidden, segment):
     """Memory after whole segments of one text, one head, written token by token from the paper's equation 5."""
-    normed = layer.attention_norm(hidden)[0]
-    keys, values = feature_map(layer.key(normed)), layer.value(normed)
+    _, keys, values = projected(layer, hidden)
+    keys = feature_map(keys)
     matrix, norm = torch.zeros(keys.shape[1], values.shape[1]), torch.zeros(keys.shape[1])
     for start in range(0, len(keys), segment):
         change, change_of_norm = torch.zeros_like(matrix), torch.zeros_like(norm)
@@ -67,9 +66,9 @@ def test_reading_one_written_segment_is_full_linear_attention(segment_length):
 
     answer, _ = layer(hidden, state)
 
-    normed = layer.attention_norm(hidden)[0]
-    weights = feature_map(layer.query(normed)) @ feature_map(layer.key(normed)).T
-    read = weights @ layer.value(normed) / weights.sum(1, keepdim=True)
+    queries, keys, values = projected(layer, hidden)
+    weights = feature_map(queries) @ feature_map(keys).T
+    read = weights @ values / weights.sum(1, keepdim=True)
     expected = hidden[0] + layer.output(read) + layer.mlp(layer.mlp_norm(hidden))[0]
     torch.testing.assert_close(answer[0], expected, atol=1e-5, rtol=1e-4)
 

@@ -4,14 +4,14 @@ import time
 
 import pytest
 import torch
-from small_layers import build, empty, in_calls, texts
+from small_layers import build, empty, in_calls, projected, texts
 from torch.nn.functional import normalize
 
 from newllm.config.compose import compose
 from newllm.layers.banks import Banks
 from newllm.layers.kernels import Centred, DeltaToken, Elu, Ridge
 from newllm.layers.memory import feature_map
-from newllm.layers.segments import Tokens, cut, side_by_side
+from newllm.layers.segments import Tokens, causal_scores, cut, side_by_side
 from newllm.models.create import build_model
 
 PENALTY = 0.1  # of the layers in small_layers
@@ -46,11 +46,6 @@ def delta_token_loop(queries, keys, values, strengths):
         matrix = matrix + strength * torch.outer(key, value - key @ matrix)
         answers.append(query @ matrix)
     return torch.stack(answers), matrix
-
-
-def projected(layer, hidden):
-    normed = layer.attention_norm(hidden)[0]
-    return layer.query(normed), layer.key(normed), layer.value(normed)
 
 
 def finish(layer, hidden, answers):
@@ -99,7 +94,7 @@ def test_gradient_of_delta_token_is_that_of_the_loop():
 
     output, _ = layer(hidden, empty(layer, 1, torch.float64))
 
-    inputs = hidden, layer.strength.weight, layer.key.weight
+    inputs = hidden, layer.strength.weight, layer.query_key_value.weight
     expected = torch.autograd.grad(finish(layer, hidden, answers).square().sum(), inputs)
     for own, plain in zip(torch.autograd.grad(output.square().sum(), inputs), expected, strict=True):
         torch.testing.assert_close(own, plain, atol=1e-8, rtol=1e-8)
@@ -178,7 +173,10 @@ def write_pairs(kernel, keys, values, *, segment_length, strength=1.0):
     memory = kernel.empty(TRIALS, 1, 1, DIM, device=keys.device, dtype=keys.dtype)
     (bank,) = memory.banks()
     for key, value in zip(keys.split(segment_length, dim=1), values.split(segment_length, dim=1), strict=True):
-        (segment,) = kernel.arrange(segment_of(key[:, :0], key, value, strength)).one_by_one()
+        segments = kernel.arrange(segment_of(key[:, :0], key, value, strength))
+        if kernel.divides_by_norms:
+            segments = kernel.divided(segments, bank.norm.unsqueeze(0))
+        (segment,) = segments.one_by_one()
         bank = kernel.write(bank, segment, kernel.novelty(bank, segment))
     return bank
 
@@ -263,3 +261,24 @@ def fastest(action, times):
         action()
         durations.append(time.process_time() - start)
     return min(durations)
+
+
+def test_feature_map_is_elu_plus_one_with_gradients_of_first_and_second_order():
+    inputs = torch.tensor([-30.0, -3.0, -0.5, 0.0, 0.25, 4.0], dtype=torch.float64, requires_grad=True)
+
+    torch.testing.assert_close(feature_map(inputs), torch.nn.functional.elu(inputs) + 1)
+    assert (feature_map(inputs) > 0).all()
+    without_zero = inputs.detach()[inputs.detach() != 0].requires_grad_()  # its second derivative jumps there
+    assert torch.autograd.gradcheck(feature_map, without_zero)
+    assert torch.autograd.gradgradcheck(feature_map, without_zero)
+
+
+def test_causal_scores_leave_out_later_keys_and_have_gradients_of_first_and_second_order():
+    queries = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    keys = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+
+    expected = (queries @ keys.mT).tril(2)
+
+    torch.testing.assert_close(causal_scores(queries, keys), expected)
+    assert torch.autograd.gradcheck(causal_scores, (queries, keys))
+    assert torch.autograd.gradgradcheck(causal_scores, (queries, keys))

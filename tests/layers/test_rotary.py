@@ -1,5 +1,6 @@
 """Rotary position embedding."""
 
+import pytest
 import torch
 
 from newllm.layers.rotary import rotate
@@ -25,3 +26,28 @@ def test_tables_first_made_in_inference_mode_serve_training():
     rotate(queries, offset=0, rotary_dim=4, base=12345.0).sum().backward()
 
     assert queries.grad is not None
+
+
+@pytest.mark.parametrize("rotary_dim", [2, 4, 8])
+def test_pairs_of_dims_turn_by_the_angle_of_their_position(rotary_dim: int):
+    heads = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+
+    turned = rotate(heads, offset=7, rotary_dim=rotary_dim, base=100.0)
+
+    half = rotary_dim // 2
+    angles = torch.arange(7.0, 12.0, dtype=torch.float64)[:, None] * 100.0 ** -(torch.arange(half) / half)
+    pairs = torch.complex(heads[..., :half], heads[..., half:rotary_dim])
+    expected = pairs * torch.polar(torch.ones_like(angles), angles)
+    torch.testing.assert_close(turned[..., :half], expected.real)
+    torch.testing.assert_close(turned[..., half:rotary_dim], expected.imag)
+    assert torch.equal(turned[..., rotary_dim:], heads[..., rotary_dim:])
+
+
+def test_gradients_of_first_and_second_order():
+    heads = torch.randn(1, 2, 3, 8, dtype=torch.float64, requires_grad=True)
+
+    def strided(tensor):
+        return rotate(tensor.transpose(1, 2).contiguous().transpose(1, 2), offset=2, rotary_dim=4, base=10.0)
+
+    assert torch.autograd.gradcheck(strided, heads)
+    assert torch.autograd.gradgradcheck(strided, heads)

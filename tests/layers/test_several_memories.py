@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from small_layers import DIM, SEGMENT, build, empty, in_calls, texts
+from small_layers import DIM, SEGMENT, build, empty, in_calls, projected, texts
 from torch.utils.flop_counter import FlopCounterMode
 
 from newllm.layers.hierarchical import HierarchicalLayer
+from newllm.layers.segments import of_texts
 
 
 def after(layer, num_segments, *, batch_size=1):
@@ -63,7 +64,7 @@ def test_each_position_chooses_the_memory_where_its_key_lies():
     layer = build("multi", local="none", memory_heads=1, num_memories=2)
     layer.selection_gate.data.fill_(6.0)
     state, hidden = empty(layer, 1), texts(1, 2)
-    features = torch.nn.functional.elu(layer.query(layer.attention_norm(hidden)))[0] + 1
+    features = torch.nn.functional.elu(projected(layer, hidden)[0]) + 1
     norm = features.view(1, 2, 1, DIM)
     values = torch.tensor([[1.0], [-1.0]]) * torch.ones(2, DIM)  # memory 0 answers 1, memory 1 answers -1
     matrix = norm.unsqueeze(-1) * values.view(1, 2, 1, 1, DIM)
@@ -107,8 +108,8 @@ def test_positions_below_the_threshold_read_the_coarse_memory_only(kernel):
     everywhere, hidden = build("hierarchical", **options).eval(), texts(2, 5 * SEGMENT)
     state = after(everywhere, 3, batch_size=2)
     nowhere = shut(build("hierarchical", **options).eval(), -60.0)
-    _, recalls, _ = everywhere._attend(everywhere.attention_norm(hidden), state, update_memory=True)
-    expansion = torch.cat([recall.decisions for recall in recalls], dim=1)
+    parts, _ = everywhere._attend(everywhere.attention_norm(hidden), state, update_memory=True)
+    expansion = torch.cat([of_texts(part.decisions, part.num_segments, axis=0) for part in parts], dim=1)
     threshold = float(expansion.detach().median())
     some = build("hierarchical", expand_threshold=threshold, **options).eval()
 

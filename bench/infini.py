@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import product
 
+from torch import Tensor, nn
+
 from bench.measure import DEVICE, Found, paired_ratio, require_quiet, table, take_turns
 from bench.peers import import_peer, missing, problem_with, version_of
 from bench.steps import bare_step, num_parameters, parallel_loss, random_ids
@@ -12,22 +14,37 @@ from newllm.models.create import create_model
 
 PEER = "infini-transformer-pytorch"
 DIM, LAYERS, HEADS, SEGMENT = 128, 4, 4, 64  # nano
-# With a vocabulary, and with so small a one that the layers are all there is: embedding and head are the same products in both.
-VOCABULARIES = {"model": 4096, "layers": 16}
+# With a vocabulary; with so small a one that the layers are all there is; and without their feed-forward parts. What is left out one
+# after another are the same products in both.
+VOCABULARIES = {"model": 4096, "layers": 16, "attention": 16}
 SHAPES = [(1, 512), (4, 512), (4, 2048)]
 
 
-def alternatives(batch_size: int, length: int, vocab_size: int) -> dict[str, Callable[[], object]]:
+class Nothing(nn.Module):
+    """In the place of a feed-forward part: adds nothing to the residual stream."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.new_zeros(())
+
+
+def alternatives(batch_size: int, length: int, what: str) -> dict[str, Callable[[], object]]:
     """Return a step of both, of equal width, depth, heads and segments, delta rule on."""
+    vocab_size = VOCABULARIES[what]
     inputs, labels = random_ids(batch_size, length, vocab_size)
     keys = {"stack": ["infini"] * LAYERS, "segment_length": SEGMENT, "memory_heads": HEADS}
     own = create_model("infini", vocab_size=vocab_size, seed=0, **keys).to(DEVICE).train()
+    if what == "attention":
+        for layer in own.layers:
+            layer.mlp, layer.mlp_norm = Nothing(), Nothing()
     found = {f"ours, {num_parameters(own)}": bare_step(own, parallel_loss(own, inputs, labels))}
     if problem_with(PEER) is None:
         peer = import_peer("infini_transformer_pytorch")
         model = peer.InfiniTransformer(
             num_tokens=vocab_size, dim=DIM, depth=LAYERS, dim_head=DIM // HEADS, heads=HEADS, use_mem_delta_rule=True
         ).to(DEVICE)
+        if what == "attention":
+            for parts in model.layers:
+                parts[1] = Nothing()
         # Gradient through all segments, as ours; T + 1 tokens: it shifts them itself.
         segments = peer.InfiniTransformerWrapper(model, segment_length=SEGMENT, detach_mems_every_num_segments=10**6)
         ids, _ = random_ids(batch_size, length + 1, vocab_size)
@@ -39,7 +56,7 @@ def run(quick: bool) -> Found:
     """Measure all shapes."""
     lines, figures = [], {}
     for (batch_size, length), what in product([(1, 128)] if quick else SHAPES, VOCABULARIES):
-        rows = take_turns(alternatives(batch_size, length, VOCABULARIES[what]), rounds=2 if quick else 5)
+        rows = take_turns(alternatives(batch_size, length, what), rounds=2 if quick else 7, min_seconds=1)
         if not quick:
             require_quiet(rows, f"infini, {what}, B {batch_size}, T {length}")
         for row in rows:
@@ -48,7 +65,8 @@ def run(quick: bool) -> Found:
             print(*lines[-1], sep=" | ", flush=True)
         figures[f"{what}_B{batch_size}_T{length}"] = {row.name: row.figures() for row in rows}
     told = f"Layers {LAYERS}, D {DIM}, heads {HEADS}, segments of {SEGMENT}, fp32, training step; `model`: V {VOCABULARIES['model']}, "
-    told += f"`layers`: V {VOCABULARIES['layers']}, so that next to nothing but the layers is measured."
+    told += f"`layers`: V {VOCABULARIES['layers']}, so that next to nothing but the layers is measured; `attention`: the layers without "
+    told += "their feed-forward parts."
     if problem_with(PEER) is None:
         told += f" {PEER} {version_of(PEER)}; its feed-forward part is gated, with a third less inner width."
     return Found(

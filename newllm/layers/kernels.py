@@ -192,7 +192,7 @@ class Elu(Kernel):
         self.divides_by_norms = rule == "delta"
 
     def read(self, bank: Bank, segment: Segment) -> Tensor:
-        return divide(*self.sums(bank, segment).split([segment.values.shape[-1], 1], dim=-1))
+        return divide(segment.queries @ bank.matrix, segment.queries @ bank.norm.unsqueeze(-1))
 
     def read_weighted(self, prepared: tuple[Tensor, ...], segment: Segment, weights: Tensor) -> Tensor:
         matrices, norms = prepared

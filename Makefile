@@ -36,8 +36,8 @@ lint: setup ## check format, lint, spelling and types
 	$(BIN)/codespell README.md CONTRIBUTING.md docs conf newllm tests bench train.py evaluate.py
 	$(BIN)/mypy newllm
 
-bench: setup ## measure speed side by side, write bench/results and docs/benchmarks.md
-	$(BIN)/python -m bench
+bench: setup ## measure speed side by side, write bench/results and docs/benchmarks.md (ONLY="training infini" names some)
+	$(BIN)/python -m bench $(ONLY)
 
 bench-setup: ## install the peers that bench compares with into bench/.venv-peers
 	$(PYTHON) -m bench.setup_peers

@@ -6,27 +6,34 @@ N: positions. W: values kept of a position.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor
 
+from newllm.trainers.arrivals import Arrivals
 from newllm.trainers.lagged_cache import map_file
 
 SHARE_OF_FREE = 0.9
 
 
-@dataclass(frozen=True)
 class ContextCache:
     """Contexts [N, W] in fp32, read and written by position.
 
-    Attributes:
+    Args:
         contexts: [N, W], in RAM or memory-mapped.
     """
 
-    contexts: Tensor
+    def __init__(self, contexts: Tensor) -> None:
+        self._contexts, self._arrivals = contexts, Arrivals()
+
+    @property
+    def contexts(self) -> Tensor:
+        """All of them [N, W], everything written in its place."""
+        self._arrivals.settle()
+        return self._contexts
 
     @classmethod
     def empty(cls, num_positions: int, width: int, *, path: Path | None = None) -> ContextCache:
@@ -51,17 +58,25 @@ class ContextCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all contexts."""
-        return self.contexts.numel() * self.contexts.element_size()
+        return self._contexts.nbytes
 
     def read(self, positions_1N: Tensor, *, like: Tensor) -> Tensor:
         """Return the contexts of positions [1, n, W], of the device and dtype of another tensor."""
-        return self.contexts[positions_1N.cpu()].to(like.device, like.dtype)
+        rows = self.contexts[positions_1N.cpu()]
+        if like.device.type == "cuda":
+            rows = rows.pin_memory()
+        return rows.to(like.device, like.dtype, non_blocking=True)
 
     def write(self, positions_1N: Tensor, contexts_1NW: Tensor) -> None:
-        """Keep contexts; one that is not finite leaves what was there."""
-        contexts, positions = contexts_1NW.detach().float().cpu()[0], positions_1N.cpu()[0]
-        is_finite = contexts.isfinite().all(dim=-1)
-        self.contexts[positions[is_finite]] = contexts[is_finite]
+        """Keep contexts; one that is not finite leaves what was there.
+
+        From a GPU they travel while the step goes on, and are put in their places before any is asked for.
+        """
+        self._arrivals.send(contexts_1NW.detach().float()[0], partial(self._put, positions_1N.cpu()[0]))
+
+    def _put(self, positions_N: Tensor, contexts_NW: Tensor) -> None:
+        is_finite = contexts_NW.isfinite().all(dim=-1)
+        self._contexts[positions_N[is_finite]] = contexts_NW[is_finite]
 
 
 def check_room(num_positions: int, width: int, path: Path | None) -> None:

@@ -21,6 +21,7 @@ from newllm.recurrence import sweep
 from newllm.trainers.context_cache import ContextCache
 from newllm.trainers.context_stream import context_map, settle, slices
 
+SUMS = ("converged", "moved", "diversity", "norm", "norm_square")  # diversity: times positions
 # Of log10 of a context's mean squared change: finer than one would look.
 EXPONENTS = (-12.0, 2.0)
 BINS = 140
@@ -28,52 +29,54 @@ BINS = 140
 
 @dataclass
 class IterationSums:
-    """Sums over the slices of one sweep over a stream."""
+    """Sums over the slices of one sweep over a stream, on the device of the contexts until they are asked for."""
 
     positions: int = 0
-    converged: int = 0
-    movement: float = 0.0
-    diversity: float = 0.0  # times positions
-    norm: float = 0.0
-    norm_square: float = 0.0
-    norm_max: float = 0.0
-    exponents: Tensor = field(default_factory=lambda: torch.zeros(BINS))
+    sums: Tensor = field(default_factory=lambda: torch.zeros(len(SUMS), dtype=torch.float64))
+    norm_max: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    exponents: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.int64))
 
     @torch.no_grad()
     def add(self, new: Tensor, moved: Tensor, diversity: Tensor, *, threshold: float) -> None:
         """Add a slice: its contexts [1, n, C], how far each moved [1, n] (mean squared), and their diversity loss."""
         count, norms = moved.numel(), torch.linalg.vector_norm(new, dim=-1).double()
-        logarithms = moved.double().clamp_min(10 ** EXPONENTS[0]).log10()
-        self.exponents += torch.histc(logarithms.float().cpu(), BINS, *EXPONENTS)
-        sums = torch.stack(
-            [(moved < threshold).sum().double(), moved.double().sum(), norms.sum(), norms.square().sum()]
-        )
-        converged, change, norm, square = sums.tolist()
+        moved = moved.double()
+        converged = (moved < threshold).sum().double()
+        sums = [converged, moved.sum(), diversity.double() * count, norms.sum(), norms.square().sum()]
         self.positions += count
-        self.converged += round(converged)
-        self.movement += change
-        self.diversity += diversity.item() * count
-        self.norm += norm
-        self.norm_square += square
-        self.norm_max = max(self.norm_max, norms.max().item())
+        self.sums = self.sums.to(new.device) + torch.stack(sums)
+        self.norm_max = torch.maximum(self.norm_max.to(new.device), norms.max())
+        self.exponents = self.exponents.to(new.device) + _bins(moved.log10().flatten())
 
     def metrics(self) -> dict[str, float]:
         """Return share of converged contexts, both losses (diversity: mean over slices), and the contexts' L2 norms."""
-        mean = self.norm / self.positions
+        converged, moved, diversity, norm, square = (total / self.positions for total in self.sums.tolist())
         return {
-            "context/converged_share": self.converged / self.positions,
-            "context/fixed_point_loss": self.movement / self.positions,
-            "context/diversity_loss": self.diversity / self.positions,
-            "context/norm_mean": mean,
-            "context/norm_std": math.sqrt(max(self.norm_square / self.positions - mean**2, 0.0)),
-            "context/norm_max": self.norm_max,
+            "context/converged_share": converged,
+            "context/fixed_point_loss": moved,
+            "context/diversity_loss": diversity,
+            "context/norm_mean": norm,
+            "context/norm_std": math.sqrt(max(square - norm**2, 0.0)),
+            "context/norm_max": self.norm_max.item(),
         }
+
+    @property
+    def converged(self) -> int:
+        """How many contexts moved less than the threshold."""
+        return round(self.sums[0].item())
 
     def histogram(self) -> Tensor:
         """Return about a thousand values of log10 of the mean squared change, spread as those of all contexts are."""
         low, high = EXPONENTS
         centres = low + (torch.arange(BINS) + 0.5) * (high - low) / BINS
-        return centres.repeat_interleave((1000 * self.exponents / max(self.positions, 1)).round().long())
+        return centres.repeat_interleave((1000 * self.exponents.cpu() / max(self.positions, 1)).round().long())
+
+
+def _bins(exponents_N: Tensor) -> Tensor:
+    """How many lie in each of the bins between `EXPONENTS`, the outer ones open; by order, which a GPU gets alike every time."""
+    borders = torch.linspace(*EXPONENTS, BINS + 1, dtype=exponents_N.dtype, device=exponents_N.device)[1:-1]
+    below = torch.searchsorted(exponents_N.sort().values, borders)
+    return torch.cat([below, below.new_full((1,), len(exponents_N))]).diff(prepend=below.new_zeros(1))
 
 
 def share(count: int, total: int) -> str:
@@ -137,7 +140,7 @@ def clean_report(
     return {
         "converged_share": share(moved.converged, moved.positions),
         "converged_after": sweeps,
-        "fixed_point_loss": moved.movement / moved.positions,
+        "fixed_point_loss": moved.metrics()["context/fixed_point_loss"],
         "diversity_loss": spread / len(positions),
         "effective_rank": rank_report(cache.contexts[rows]),
         **asdict(settling),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,8 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
+
+from newllm.trainers.arrivals import Arrivals
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # numpy knows no bf16: on disk its two bytes travel as int16.
@@ -46,7 +49,7 @@ class LaggedCache:
     ) -> None:
         self.shape, self.dtype, self.path = (num_samples, length, dim), DTYPES[dtype], path
         self.visits = torch.zeros(num_samples, dtype=torch.int64)
-        self._travelling: list[tuple[Tensor, Tensor, torch.cuda.Event]] = []
+        self._arrivals = Arrivals()
         check_fits(self.nbytes, path)
         if path is None:
             self.states = torch.zeros(self.shape, dtype=self.dtype)
@@ -60,12 +63,12 @@ class LaggedCache:
 
     def is_visited(self, sample_ids: Tensor) -> Tensor:
         """Return True for samples whose states are known, [B]."""
-        self._settle()
+        self._arrivals.settle()
         return self.visits[sample_ids.cpu()] > 0
 
     def gather(self, sample_ids: Tensor, *, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the samples' states of their last visit [B, T, D]; zeros before the first."""
-        self._settle()
+        self._arrivals.settle()
         rows = self.states[sample_ids.cpu()]
         if device.type == "cuda":
             rows = rows.pin_memory()
@@ -76,24 +79,16 @@ class LaggedCache:
 
         From a GPU they travel while the step goes on, and are put in their places before anything is asked of the cache.
         """
-        states = states_BTD.detach().to(self.dtype)
-        if states.device.type != "cuda":
-            self._put(sample_ids, states)
-            return
-        host = torch.empty(states.shape, dtype=states.dtype, pin_memory=True)
-        host.copy_(states, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._travelling.append((sample_ids, host, arrived))
+        self._arrivals.send(states_BTD.detach().to(self.dtype), partial(self._put, sample_ids))
 
     def forget(self) -> None:
         """Count every sample as never visited."""
-        self._travelling.clear()
+        self._arrivals.forget()
         self.visits.zero_()
 
     def state_dict(self, *, with_states: bool) -> dict[str, Tensor]:
         """Return what a checkpoint carries: the visits, and the states if asked for."""
-        self._settle()
+        self._arrivals.settle()
         carried = {"visits": self.visits.clone()}
         return carried | ({"states": self.states.clone()} if with_states else {})
 
@@ -106,7 +101,7 @@ class LaggedCache:
         if "states" not in carried:
             self.forget()
             return False
-        self._travelling.clear()
+        self._arrivals.forget()
         self.visits.copy_(carried["visits"])
         self.states.copy_(carried["states"])
         return True
@@ -116,13 +111,6 @@ class LaggedCache:
         rows = sample_ids.cpu()[is_finite]
         self.states[rows] = states[is_finite]
         self.visits[rows] += 1
-
-    def _settle(self) -> None:
-        """Put states that are still travelling in their places."""
-        while self._travelling:
-            sample_ids, states, arrived = self._travelling.pop(0)
-            arrived.synchronize()
-            self._put(sample_ids, states)
 
 
 def cache_bytes(num_samples: int, length: int, dim: int, dtype: torch.dtype) -> int:

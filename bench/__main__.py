@@ -14,6 +14,7 @@ import torch
 from bench import measure
 from bench.measure import DOCS, Found, NotWrittenError, describe_load, is_busy, machine, write
 from bench.page import page
+from bench.peers import put_on_path
 from newllm.host_memory import keep_freed_memory
 from newllm.whole_file import write_whole
 
@@ -41,6 +42,7 @@ BENCHES = {
 def main() -> None:
     """Run what was named."""
     names, device, quick = _asked(sys.argv[1:])
+    put_on_path()
     measure.DEVICE = device
     if device == "cpu":
         keep_freed_memory()  # as train.py; the peers, which would not, gain from it too

@@ -23,11 +23,16 @@ def version_of(name: str) -> str:
     return json.loads(REPORT.read_text())["peers"][name]["version"]
 
 
+def put_on_path() -> None:
+    """Have peers found by imports; before any, because packages look once, as they are imported, for those they work with."""
+    for python in sorted((FOLDER / "lib").glob("python*")):
+        if (folder := str(python / "site-packages")) not in sys.path:
+            sys.path.append(folder)
+
+
 def import_peer(module: str) -> Any:
     """Return a module of the peers' environment; what ours has as well, torch above all, comes from ours."""
-    folder = str(next((FOLDER / "lib").glob("python*")) / "site-packages")
-    if folder not in sys.path:
-        sys.path.append(folder)
+    put_on_path()
     return importlib.import_module(module)
 
 

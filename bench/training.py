@@ -228,8 +228,6 @@ def share_of_peak(shape: Shape, tokens_per_second: float) -> str:
 
 def run(quick: bool) -> Found:
     """Measure all sizes."""
-    if problem_with("transformers") is None:
-        import_peer("accelerate")  # Trainer needs it, and transformers looks for it once, when it is imported
     lines, figures = [], {}
     for shape in QUICK if quick else CUDA_SHAPES if IS_FAST else SHAPES:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,6 @@
 """A measurement that cannot be trusted, or cannot be made, is not written."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 from bench import __main__ as command
-from bench import measure, page
+from bench import measure, page, peers
 from bench.measure import Found, NotWrittenError, Row, describe_load, paired_ratio, require_quiet, take_turns
 
 
@@ -147,6 +148,21 @@ def test_what_does_not_exist_is_refused_with_what_does(
 
     assert refused.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_peers_are_found_after_what_is_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "lib" / "python3.11" / "site-packages"
+    folder.mkdir(parents=True)
+    (folder / "a_peer.py").write_text("")
+    monkeypatch.setattr(peers, "FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    peers.put_on_path()
+    peers.put_on_path()
+
+    assert sys.path[-1] == str(folder)
+    assert sys.path.count(str(folder)) == 1
+    assert importlib.util.find_spec("a_peer") is not None
 
 
 def test_load_is_told_in_words() -> None:

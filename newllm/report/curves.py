@@ -124,6 +124,9 @@ def _draw_loss(axes: Axes, lines: Sequence[Metrics]) -> None:
 
 
 def _draw_small(axes: Axes, panel: Panel, lines: Sequence[Metrics]) -> None:
+    is_log = panel.is_log and all(value > 0 for name in panel.names for value in points(lines, name)[1])
+    if is_log:
+        axes.set_yscale("log")  # before the ticks are formatted
     tidy(axes, panel.title)
     for (name, label), colour in zip(panel.names.items(), COLOURS, strict=False):
         steps, values = points(lines, name)
@@ -131,9 +134,7 @@ def _draw_small(axes: Axes, panel: Panel, lines: Sequence[Metrics]) -> None:
             marker = "o" if len(values) <= 30 else ""
             axes.plot(steps, values, color=colour, linewidth=1.4, marker=marker, markersize=2.5, label=label)
     drawn = axes.get_legend_handles_labels()[1]
-    if panel.is_log and all(value > 0 for name in panel.names for value in points(lines, name)[1]):
-        axes.set_yscale("log")
-    else:
+    if not is_log:
         low, high = axes.get_ylim()
         low, high = min(0.0, low), high + 0.05 * abs(high)
         # The legend stands above the curves, in a third of the height that they leave to it.

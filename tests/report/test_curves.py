@@ -72,3 +72,15 @@ def test_no_legend_lies_over_its_curves() -> None:
         box = axes.get_legend().get_window_extent()
         places = [place for line in axes.lines for place in axes.transData.transform(line.get_xydata())]
         assert not any(box.contains(*place) for place in places), axes.get_title(loc="left")
+
+
+def test_ticks_of_a_norm_are_plain_numbers() -> None:
+    lines = [{"step": step, "tokens": step, "optim/grad_norm": norm} for step, norm in ((1, 2.0), (2, 7.0))]
+    figure = _figure(lines)
+    figure.canvas.draw()
+
+    (axes,) = [axes for axes in figure.axes if axes.get_title(loc="left") == "gradient norm"]
+
+    told = {label.get_text() for which in ("major", "minor") for label in axes.get_yticklabels(which=which)} - {""}
+    assert {"3", "4"} <= told
+    assert all(text.replace(".", "").isdigit() for text in told), told

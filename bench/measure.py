@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +174,7 @@ def machine() -> dict[str, object]:
     """Return what the numbers were measured on."""
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else processor.name()
     return {
+        "date": date.today().isoformat(),
         "device": device,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

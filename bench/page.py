@@ -8,7 +8,11 @@ from typing import Any
 
 from bench.measure import RESULTS
 
-HEAD = "# Benchmarks\n\nWritten by `make bench`, which replaces what was measured on the same kind of machine before.\n"
+HEAD = """# Benchmarks
+
+Written by `make bench`, which replaces what was measured on the same kind of machine before. The date of an entry tells of which state of
+the code it is.
+"""
 
 
 def page(benches: Mapping[str, str]) -> str:
@@ -32,5 +36,5 @@ def _part(entry: Mapping[str, Any]) -> str:
     lines = [f"### {about.pop('device')}, {about.pop('cores')} cores", "\n".join(entry["text"])]
     if "picture" in entry:
         lines.append(f"![{entry['picture']['caption']}]({entry['picture']['file']})")
-    lines.append(f"Measured with: {', '.join(f'{key} {value}' for key, value in about.items())}.")
+    lines.append(f"Measured on {about.pop('date')} with {', '.join(f'{key} {value}' for key, value in about.items())}.")
     return "\n\n".join(lines) + "\n"

@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from newllm.trainers.arrivals import Arrivals
+from newllm.trainers.arrivals import Arrivals, sent_to
 from newllm.trainers.lagged_cache import map_file
 
 SHARE_OF_FREE = 0.9
@@ -24,10 +24,11 @@ class ContextCache:
 
     Args:
         contexts: [N, W], in RAM or memory-mapped.
+        arrivals: of everything that is written to this memory, by other caches over it too; None if there are none.
     """
 
-    def __init__(self, contexts: Tensor) -> None:
-        self._contexts, self._arrivals = contexts, Arrivals()
+    def __init__(self, contexts: Tensor, arrivals: Arrivals | None = None) -> None:
+        self._contexts, self._arrivals = contexts, arrivals or Arrivals()
 
     @property
     def contexts(self) -> Tensor:
@@ -53,7 +54,7 @@ class ContextCache:
 
     def last(self, width: int) -> ContextCache:
         """Return the last values of every position as a cache of their own, over the same memory."""
-        return ContextCache(self.contexts[:, -width:])
+        return ContextCache(self._contexts[:, -width:], self._arrivals)
 
     @property
     def nbytes(self) -> int:
@@ -62,10 +63,7 @@ class ContextCache:
 
     def read(self, positions_1N: Tensor, *, like: Tensor) -> Tensor:
         """Return the contexts of positions [1, n, W], of the device and dtype of another tensor."""
-        rows = self.contexts[positions_1N.cpu()]
-        if like.device.type == "cuda":
-            rows = rows.pin_memory()
-        return rows.to(like.device, like.dtype, non_blocking=True)
+        return sent_to(self.contexts[positions_1N.cpu()], like.device, like.dtype)
 
     def write(self, positions_1N: Tensor, contexts_1NW: Tensor) -> None:
         """Keep contexts; one that is not finite leaves what was there.

@@ -246,8 +246,9 @@ class CvfpPhase1Module(TrainingModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        fits = sum(cache.nbytes for cache in self.caches.values()) <= self.options.cache_checkpoint_limit
-        checkpoint["contexts"] = {split: cache.contexts.clone() for split, cache in self.caches.items()} if fits else {}
+        contexts = {split: cache.contexts for split, cache in self.caches.items()}
+        fits = sum(kept.nbytes for kept in contexts.values()) <= self.options.cache_checkpoint_limit
+        checkpoint["contexts"] = {split: kept.clone() for split, kept in contexts.items()} if fits else {}
         checkpoint["rank"] = {"best": self._best_rank, "validations_since": self._validations_since_best}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

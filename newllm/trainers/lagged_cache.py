@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from newllm.trainers.arrivals import Arrivals
+from newllm.trainers.arrivals import Arrivals, sent_to
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # numpy knows no bf16: on disk its two bytes travel as int16.
@@ -69,10 +69,7 @@ class LaggedCache:
     def gather(self, sample_ids: Tensor, *, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the samples' states of their last visit [B, T, D]; zeros before the first."""
         self._arrivals.settle()
-        rows = self.states[sample_ids.cpu()]
-        if device.type == "cuda":
-            rows = rows.pin_memory()
-        return rows.to(device, non_blocking=True).to(dtype)
+        return sent_to(self.states[sample_ids.cpu()], device, dtype)
 
     def scatter(self, sample_ids: Tensor, states_BTD: Tensor) -> None:
         """Keep the samples' states; nothing of their graph stays. A sample whose states are not finite keeps those it had.

@@ -14,7 +14,7 @@ from bench.peers import import_peer, missing, problem_with, version_of
 from newllm.layers import fused_delta
 from newllm.layers.banks import Banks
 from newllm.layers.kernels import DeltaToken
-from newllm.layers.segments import Tokens, cut, of_texts
+from newllm.layers.segments import Tokens, as_tokens, cut
 
 PEER = "flash-linear-attention"
 BATCH, HEADS, HEAD_DIM, SEGMENT = 8, 4, 64, 64
@@ -31,7 +31,7 @@ def by_segments(
     banks, answers = Banks(kernel, empty, **options), []
     for segments in cut(queries, Tokens(keys, values, strengths), SEGMENT, at_once=banks.segments_at_once()):
         rows = banks.pass_over(segments, writes=True).read_only()
-        answers.append(of_texts(rows, len(segments.queries), axis=1))
+        answers.append(as_tokens(rows, len(segments.queries)).transpose(1, 2))
     return torch.cat(answers, dim=2), banks.memory.matrix[:, 0]
 
 

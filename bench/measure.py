@@ -196,9 +196,11 @@ def write(name: str, about: dict[str, object], found: Found) -> None:
     path = RESULTS / f"{file_name(about)}.json"
     entry: dict[str, Any] = {"machine": about, "text": found.text.split("\n"), **found.figures}
     if found.picture is not None:
+        from newllm.report.style import save_png  # matplotlib, which measuring needs not
+
         caption, figure = found.picture
         picture = f"bench_{name}_{file_name(about)}.png"
-        figure.savefig(DOCS / picture, dpi=110)
+        save_png(figure, DOCS / picture, dots_per_inch=110)
         entry["picture"] = {"caption": caption, "file": picture}
     others = json.loads(path.read_text()) if path.exists() else {}
     write_whole(path, json.dumps({**others, name: entry}, indent=2, sort_keys=True) + "\n")

@@ -57,7 +57,7 @@ def delta_against_loop(length: int, dim: int, rounds: int) -> tuple[list[Row], f
     """Return the rows of the loop and of the kernel in segments on a head of `dim`, forward and backward, and the loop's ratio."""
     from newllm.layers.banks import Banks
     from newllm.layers.kernels import make_kernel
-    from newllm.layers.segments import Tokens, cut, of_texts
+    from newllm.layers.segments import Tokens, as_tokens, cut
 
     queries, keys, values = (torch.randn(length, dim, device=DEVICE, requires_grad=True) for _ in range(3))
     strengths = torch.rand(length, 1, device=DEVICE, requires_grad=True)
@@ -74,8 +74,8 @@ def delta_against_loop(length: int, dim: int, rounds: int) -> tuple[list[Row], f
         q, k, v, s = (tensor[None, None] for tensor in (queries, keys, values, strengths))
         for segments in cut(q, Tokens(k, v, s), SEGMENT, at_once=banks.segments_at_once()):
             rows = banks.pass_over(segments, writes=True).read_only()
-            answers.append(of_texts(rows, len(segments.queries), axis=1))
-        torch.cat(answers, dim=2).sum().backward()
+            answers.append(as_tokens(rows, len(segments.queries)))
+        torch.cat(answers, dim=1).sum().backward()
 
     rows = take_turns({"token loop": loop, "delta_token": chunked}, rounds=rounds, warmups=1)
     return rows, paired_ratio(rows[0], rows[1])

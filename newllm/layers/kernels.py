@@ -13,7 +13,7 @@ from torch import Tensor
 
 from newllm.layers import fused_delta
 from newllm.layers.memory import Bank, LinearMemory, WriteRule, divide
-from newllm.layers.segments import Segments, Tokens, causal_scores, of_texts, side_by_side
+from newllm.layers.segments import Segments, Tokens, as_tokens, causal_scores, side_by_side
 
 
 class Segment(NamedTuple):
@@ -359,7 +359,8 @@ class DeltaToken(Kernel):
         assert self.fused is not None, "segments are passed over together by a fused kernel only"
         queries, keys = (torch.nn.functional.normalize(part, dim=-1) for part in (segments.queries, segments.keys))
         count, parts = len(queries), (queries, keys, segments.values, segments.strengths)
-        q, k, v, strengths = (of_texts(part.flatten(0, 1), count, axis=1) for part in parts)  # [B, H, n * L, d]
+        # [B, H, n * L, d], laid out as the kernel reads them.
+        q, k, v, strengths = (as_tokens(part.flatten(0, 1), count).transpose(1, 2) for part in parts)
         answers, matrix = fused_delta.pass_over(self.fused, q, k, v, strengths, bank.matrix)
         rows = answers.unflatten(2, (count, -1)).permute(2, 0, 1, 3, 4).flatten(0, 1)
         return rows, bank._replace(matrix=matrix).plus(norm=segments.key_features.sum(dim=(0, 3)))

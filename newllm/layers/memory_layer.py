@@ -21,7 +21,16 @@ from newllm.layers.base import MLP, Layer
 from newllm.layers.kernels import DeltaToken, make_kernel
 from newllm.layers.memory import divide
 from newllm.layers.memory_state import MemoryLayerState
-from newllm.layers.segments import Segments, Tokens, cut, joined, linear_attention, side_by_side, softmax_attention
+from newllm.layers.segments import (
+    Segments,
+    Tokens,
+    as_tokens,
+    cut,
+    joined,
+    linear_attention,
+    side_by_side,
+    softmax_attention,
+)
 from newllm.linear import Linear
 from newllm.state import by_groups
 
@@ -179,8 +188,8 @@ class MemoryLayer(Layer):
     ) -> tuple[Tensor, MemoryLayerState]:
         def attend(normed: Tensor, rows_state: MemoryLayerState) -> tuple[Tensor, MemoryLayerState]:
             parts, next_state = self._attend(normed, rows_state, update_memory)
-            values = joined([_as_tokens(part.values, part.num_segments) for part in parts], dim=1)
-            return self.output(values.to(normed.dtype)), next_state
+            values = joined([as_tokens(part.values, part.num_segments) for part in parts], dim=1)
+            return self.output(values.flatten(2).to(normed.dtype)), next_state
 
         attended, next_state = by_groups(attend, self.attention_norm(hidden), state, state.places)
         return hidden + attended + self.mlp(self.mlp_norm(hidden)), next_state
@@ -312,11 +321,6 @@ class MemoryLayer(Layer):
             return recalled, has_content.to(recalled.dtype).expand(-1, -1, recalled.shape[2], -1)
         gates = torch.sigmoid(self.memory_gate).view(-1, 1, 1).to(recalled.dtype) * has_content
         return torch.lerp(local, recalled, gates), gates.expand(-1, -1, recalled.shape[2], -1)
-
-
-def _as_tokens(rows_RHmd: Tensor, num_segments: int) -> Tensor:
-    """Rows of segments as texts of tokens, heads side by side [B, n * m, H * d]."""
-    return rows_RHmd.unflatten(0, (num_segments, -1)).permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)
 
 
 def _where_it_speaks(gates: Tensor) -> Tensor:

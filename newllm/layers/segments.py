@@ -146,8 +146,6 @@ def softmax_attention(segments: Segments) -> Tensor:
     return attention(queries, keys, values, attn_mask=is_visible.tril(num_keys - num_queries))
 
 
-def of_texts(rows: Tensor, num_segments: int, *, axis: int) -> Tensor:
-    """Return rows of segments as texts again: [n * B, ..., m, ...] to [B, ..., n * m, ...], behind `axis` axes without that of rows."""
-    if num_segments == 1:
-        return rows
-    return rows.unflatten(0, (num_segments, -1)).movedim(0, axis + 1).flatten(axis + 1, axis + 2)
+def as_tokens(rows_RHmd: Tensor, num_segments: int) -> Tensor:
+    """Return rows of segments as texts again, heads inside of tokens [B, n * m, H, d]."""
+    return rows_RHmd.unflatten(0, (num_segments, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2)

@@ -8,7 +8,6 @@ from small_layers import DIM, SEGMENT, build, empty, in_calls, projected, texts
 from torch.utils.flop_counter import FlopCounterMode
 
 from newllm.layers.hierarchical import HierarchicalLayer
-from newllm.layers.segments import of_texts
 
 
 def after(layer, num_segments, *, batch_size=1):
@@ -102,6 +101,11 @@ def test_full_expansion_is_the_choice_between_memories():
     torch.testing.assert_close(output, multi(hidden, empty(multi, 1))[0], atol=1e-5, rtol=1e-5)
 
 
+def texts_of(part):
+    """Decisions of a part of a call [B, n * m]."""
+    return part.decisions.unflatten(0, (part.num_segments, -1)).transpose(0, 1).flatten(1)
+
+
 @pytest.mark.parametrize("kernel", ["elu", "centred", "ridge", "delta_token"])
 def test_positions_below_the_threshold_read_the_coarse_memory_only(kernel):
     options = {"memory_kernel": kernel, "write": None}
@@ -109,7 +113,7 @@ def test_positions_below_the_threshold_read_the_coarse_memory_only(kernel):
     state = after(everywhere, 3, batch_size=2)
     nowhere = shut(build("hierarchical", **options).eval(), -60.0)
     parts, _ = everywhere._attend(everywhere.attention_norm(hidden), state, update_memory=True)
-    expansion = torch.cat([of_texts(part.decisions, part.num_segments, axis=0) for part in parts], dim=1)
+    expansion = torch.cat([texts_of(part) for part in parts], dim=1)
     threshold = float(expansion.detach().median())
     some = build("hierarchical", expand_threshold=threshold, **options).eval()
 

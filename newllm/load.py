@@ -113,11 +113,12 @@ def load_run(folder: str | Path, checkpoint: CheckpointName = "best") -> LoadedR
         folder: run folder that train.py wrote.
         checkpoint: "best" by validation loss, or "last".
     Raises:
-        ValueError: no run there, no checkpoint, or a damaged one.
+        ValueError: no run there, no checkpoint, a damaged one, or one whose weights this version does not have.
     """
     record = read_run(folder)
     config = real_config(read_config(record.folder / "config.yaml"))
-    contents = read_checkpoint(checkpoint_path(record.folder, checkpoint))
+    path = checkpoint_path(record.folder, checkpoint)
+    contents = read_checkpoint(path)
     weights = {
         name.removeprefix("model."): tensor
         for name, tensor in contents["state_dict"].items()
@@ -125,7 +126,14 @@ def load_run(folder: str | Path, checkpoint: CheckpointName = "best") -> LoadedR
     }
     model = build_model(config, record.facts["vocab_size"])
     # A run in float64 keeps its digits.
-    model.to(next(iter(weights.values())).dtype).load_state_dict(weights)
+    model.to(next(iter(weights.values())).dtype)
+    differing = sorted(weights.keys() ^ model.state_dict().keys())
+    if differing:
+        raise ValueError(
+            f"{path}: was trained by another version of newllm, {len(differing)} weights have other names ({differing[0]} and so on). "
+            "Allowed: a run of this version. Evaluate it with the version whose commit its run.json names, or train again."
+        )
+    model.load_state_dict(weights)
     step = contents["global_step"]
     metrics = next((line for line in reversed(read_metrics(folder)) if line["step"] == step and "val/loss" in line), {})
     return LoadedRun(record.folder, config, model.eval(), metrics, record.facts, step)

@@ -126,6 +126,22 @@ def test_checkpoint_with_one_changed_byte_is_refused(trained, tmp_path, capsys):
     assert "best.ckpt: is damaged" in refused(folder, capsys)
 
 
+def test_checkpoint_of_another_version_is_refused_with_what_differs(trained, tmp_path, capsys):
+    folder = tmp_path / "older"
+    shutil.copytree(trained, folder)
+    path = folder / "checkpoints" / "best.ckpt"
+    contents = torch.load(path, weights_only=True)
+    weights = contents["state_dict"]
+    weights["model.embedding.table"] = weights.pop("model.embedding.weight")
+    torch.save(contents, path)
+
+    said = refused(folder, capsys)
+
+    assert (
+        "best.ckpt: was trained by another version of newllm, 2 weights have other names (embedding.table and" in said
+    )
+
+
 @pytest.mark.parametrize("trainer", ["standard", "lct"])
 def test_run_starts_from_published_weights(tmp_path, trainer):
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM

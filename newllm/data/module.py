@@ -1,5 +1,6 @@
 """The data of a run, as Lightning and everything else asks for it."""
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,10 @@ class TextDataModule(LightningDataModule):
     def read_positions(self, reading: PositionReading) -> None:
         """Give training the single positions of the text instead of its blocks."""
         self.positions = reading
+
+    def validate_on(self, samples: Samples) -> None:
+        """Give validation some of its samples only; the facts stay those of all that was prepared."""
+        self._prepared = dataclasses.replace(self.prepared, validation=samples)
 
     def train_dataloader(self) -> PositionLoader | StreamLoader:
         if self.positions is None:

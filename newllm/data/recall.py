@@ -7,7 +7,7 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ class ProbeConfig(GroupConfig):
     def of_length(self, block_length: int) -> Self:
         """Return the probe in rows of another length, tokens; what it asks for stays as it is."""
         return replace(self, block_length=block_length)  # type: ignore[call-arg]  # a key of every DataConfig
+
+
+Probe = TypeVar("Probe", bound=ProbeConfig)
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,39 @@ class Rows:
     slice_names: Sequence[dict[str, str]]
     outdated: np.ndarray | None = None
 
-    def part(self, start: int, end: int) -> "Rows":
-        """Return the rows from `start` to before `end`."""
-        rows = slice(start, end)
+    def part(self, rows: slice | np.ndarray) -> "Rows":
+        """Return some of the rows: a slice, their numbers, or a mask [N] that is True for them."""
         outdated = None if self.outdated is None else self.outdated[rows]
         return Rows(self.inputs[rows], self.labels[rows], self.slices[rows], self.slice_names, outdated)
+
+
+def fresh_draw(probe: Probe, *, block_length: int, num_samples: int) -> Probe:
+    """Return the probe in rows of some length, drawn from a stream of their own.
+
+    With the seed of the run the rows would be made of the numbers of its training rows, at its own length they would be these rows:
+    a generator gives the same numbers whatever shape is asked of it.
+
+    Args:
+        probe: of the run.
+        block_length: tokens of a row.
+        num_samples: rows.
+    """
+    stream = np.random.SeedSequence((probe.generator_seed, block_length)).generate_state(1, np.uint64)
+    return replace(probe.of_length(block_length), num_samples=num_samples, generator_seed=int(stream[0]))
+
+
+def not_trained_on(rows: Rows, trained: Rows) -> np.ndarray:
+    """Return a mask [N] of the rows that share less than the whole of the shorter row with any trained one, from the start on.
+
+    Of two rows, one of which begins with all of the other, the answers are the same as far as they both go.
+
+    Args:
+        rows: of any length.
+        trained: rows that were trained on.
+    """
+    shared = min(rows.inputs.shape[1], trained.inputs.shape[1])
+    known = {row.tobytes() for row in trained.inputs[:, :shared]}
+    return np.array([row.tobytes() not in known for row in rows.inputs[:, :shared]])
 
 
 class ProbeSamples:
@@ -229,7 +260,7 @@ def prepare_rows(
     for split, size in sizes.items():
         limit = limits[split]
         end = start + (size if limit is None else min(size, limit))
-        parts[split], of_part[split] = rows.part(start, end), frozenset(hashes[start:end])
+        parts[split], of_part[split] = rows.part(slice(start, end)), frozenset(hashes[start:end])
         start += size
     facts = {
         "kind": data.kind,

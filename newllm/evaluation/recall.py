@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from newllm.config.fields import Count
 from newllm.config.schema import EvaluationConfig
 from newllm.data.module import build_data
-from newllm.data.recall import NO_TARGET, ProbeConfig
+from newllm.data.recall import NO_TARGET, ProbeConfig, ProbeSamples, fresh_draw, not_trained_on
 from newllm.evaluation.material import Material
 from newllm.evaluation.scoring import token_losses
 from newllm.layers.memory_state import MemoryLayerState
@@ -21,6 +22,7 @@ from newllm.models.base import LanguageModel
 from newllm.state import map_parts, parts_of
 
 MemoryUse = Literal["on", "off", "other"]
+SPARE_ROWS = 2  # drawn for each row that is measured at another length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class RecallConfig(EvaluationConfig):
 
     Attributes:
         knock_out: measure memories empty and another text's too; unused without memory layers.
-        block_lengths: tokens; the probe is drawn again at each of these lengths.
+        block_lengths: tokens; the probe is drawn again at each of these lengths, in rows that were not trained on.
         num_blocks: rows of each of these.
     """
 
@@ -103,18 +105,30 @@ def measure(material: Material, options: RecallConfig) -> dict[str, Any]:
 
 
 def _at_length(material: Material, length: int, num_blocks: int) -> Material:
-    """The probe drawn again, half of its rows to be measured."""
+    """The probe drawn again: rows that were not trained on, nor begin as a row that was, nor are the beginning of one."""
     config, probe = material.run.config, material.run.config.data
     assert isinstance(probe, ProbeConfig), "recall is measured of probes only"
+    # Of small spaces a few rows are trained on by chance; one row is what the rules of splitting leave to training.
+    spare = SPARE_ROWS * num_blocks
     changes: dict[str, Any] = {
-        "num_samples": 2 * num_blocks,
-        "validation_share": 0.5,
+        "validation_share": spare / (spare + 1),
         "test_share": 0.0,
         "max_validation_blocks": None,
     }
-    data = dataclasses.replace(probe.of_length(length), **changes)
+    data = dataclasses.replace(fresh_draw(probe, block_length=length, num_samples=spare + 1), **changes)
     module = build_data(dataclasses.replace(config, data=data))
     module.prepare()
+    drawn, trained = module.prepared.validation, material.run.data.prepared.train
+    assert isinstance(drawn, ProbeSamples), "probes have drawn rows"
+    assert isinstance(trained, ProbeSamples), "probes have drawn rows"
+    left = np.flatnonzero(not_trained_on(drawn.rows, trained.rows))
+    if len(left) < num_blocks:
+        raise ValueError(
+            f"evaluation.recall.block_lengths: of {len(drawn)} rows of {length} tokens {len(drawn) - len(left)} are, as far as both go, "
+            f"rows that were trained on; evaluation.recall.num_blocks={num_blocks} others are needed. Allowed: lengths at which most "
+            "rows are new. Leave this length out or train on fewer rows (data.num_samples)."
+        )
+    module.validate_on(ProbeSamples(drawn.rows.part(left[:num_blocks])))
     return Material(material.run, module, "validation")
 
 

@@ -10,7 +10,11 @@ from small_sessions import SEGMENT, model
 from torch import Tensor, nn
 
 from newllm.config.compose import compose, examine
-from newllm.evaluation.recall import RecallConfig, answering_states, measure
+from newllm.config.typed import real_config
+from newllm.data.module import build_data
+from newllm.data.recall import ProbeSamples, Rows
+from newllm.evaluation.material import Material
+from newllm.evaluation.recall import RecallConfig, _at_length, answering_states, measure
 from newllm.evaluation.suite import run_evaluation
 from newllm.run import run_training
 
@@ -126,6 +130,58 @@ def test_memories_are_knocked_out_where_there_are_any(stack: str, has_memory: bo
     if has_memory:
         assert found["memory_off"]["targets"] == 3 * length
         assert found["other_memory"]["targets"] == 2 * length  # the last row has no row beside it
+
+
+def rows_of(samples: Any) -> Rows:
+    assert isinstance(samples, ProbeSamples)
+    return samples.rows
+
+
+def trained_and_measured(length: int, num_blocks: int, *overrides: str) -> tuple[Rows, Rows]:
+    """The training rows of a probe, and those on which it is measured at another length."""
+    config = real_config(compose(list(overrides)))
+    data = build_data(config)
+    data.prepare()
+    run: Any = SimpleNamespace(config=config, data=data)
+    measured = _at_length(Material(run, data, "validation"), length, num_blocks).data
+    return rows_of(data.prepared.train), rows_of(measured.prepared.validation)
+
+
+def beginnings(rows: Rows, length: int) -> set[bytes]:
+    return {row.tobytes() for row in rows.inputs[:, :length]}
+
+
+@pytest.mark.parametrize("times", [0.5, 1, 2])
+@pytest.mark.parametrize("data", ["parity", "s3", "mqar", "passkey", "overwrite"])
+def test_rows_of_another_length_were_not_trained_on(data: str, times: float) -> None:
+    """Drawn with the seed of the training rows they were these rows at the run's own length, and began as them at others."""
+    small = {"mqar": ["data.num_pairs=4"], "overwrite": ["data.num_pairs=4", "data.num_rewritten=2"]}.get(data, [])
+    length = 64
+    given = [f"data={data}", "data.num_samples=1000", f"data.block_length={length}", *small]
+    if data == "overwrite":
+        given.append("data.filler_length=36")
+
+    trained, measured = trained_and_measured(int(times * length), 40, *given)
+
+    shared = min(length, measured.inputs.shape[1])
+    assert measured.inputs.shape == (40, int(times * length))
+    assert not beginnings(trained, shared) & beginnings(measured, shared)
+    # Nor are they made of the same numbers, cut into rows elsewhere.
+    stream = trained.inputs.tobytes()
+    assert not any(row.tobytes() in stream for row in measured.inputs[:, :32])
+
+
+def test_short_rows_that_were_trained_on_by_chance_are_left_out() -> None:
+    small = ["data=s3", "data.num_samples=2500", "data.block_length=12"]  # a quarter of all beginnings of five elements
+
+    trained, measured = trained_and_measured(5, 20, *small)
+
+    assert len(measured.inputs) == 20
+    assert not beginnings(trained, 5) & beginnings(measured, 5)
+    with pytest.raises(
+        ValueError, match=r"recall.block_lengths: of 8 rows of 3 tokens 8 are, as far as both go, rows that were"
+    ):
+        trained_and_measured(3, 4, *small)
 
 
 def test_data_without_questions_are_refused() -> None:

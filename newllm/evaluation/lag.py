@@ -25,7 +25,12 @@ class LagConfig(EvaluationConfig):
     tolerance: Annotated[float, Range(above=0)]  # relative change of the states per sweep
 
     def check(self, config: Any) -> list[str]:
-        """Return what is wrong with this measurement on that model."""
+        """Return what is wrong with this measurement on that run."""
+        if config.trainer.reads_in_lanes:
+            return [
+                f"evaluation.lag: sweeps each block from an empty state, trainer={config.trainer.kind} carries it. "
+                "Allowed with it: evaluation=[perplexity,positions,memory]. Take lag out of evaluation."
+            ]
         if config.model.has_feedback:
             return []
         return [

@@ -32,7 +32,7 @@ class SlidingWindowConfig(EvaluationConfig):
         if config.trainer.reads_in_lanes:
             return [
                 f"evaluation=[sliding_window]: reads each window from an empty state, trainer={config.trainer.kind} carries it. "
-                "Allowed with it: evaluation=[perplexity,memory]. Leave sliding_window out of the list."
+                "Allowed with it: evaluation=[perplexity,positions,memory]. Leave sliding_window out of the list."
             ]
         if self.window is None or self.stride is None or self.stride <= self.window:
             return []

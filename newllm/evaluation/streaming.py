@@ -98,9 +98,15 @@ def _with_memory(state: Any, other: Any) -> Any:
     return map_parts(state, MemoryLayerState, replace)
 
 
-def stream_scores(material: Material) -> Iterator[Score]:
-    """Yield the score of the deployed function on each batch of a run's lanes, as its validation made it."""
+def stream_states(material: Material) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield each batch of a run's lanes with the hidden states [B, T, D] of the deployed function, as its validation made them."""
     context_tokens = getattr(material.run.config.trainer, "context_tokens", 0)
     reading = StreamReading(material.model, context_tokens=context_tokens, modes=["exact"])
     for batch in material.batches():
-        yield reading.score(batch, material.data.token_bytes)["exact"]
+        yield batch, reading.read(batch)["exact"]
+
+
+def stream_scores(material: Material) -> Iterator[Score]:
+    """Yield the score of the deployed function on each batch of a run's lanes."""
+    for batch, hidden in stream_states(material):
+        yield score_states(material.model, hidden, batch["labels"], material.data.token_bytes)

@@ -33,8 +33,8 @@ def train(folder: Path, *overrides: str) -> Path:
     return folder / "run"
 
 
-def evaluate(folder: Path, *overrides: str) -> dict:
-    return run_evaluation(compose([f"run={folder}", "evaluation=[memory]", *overrides], root="evaluate"))["memory"]
+def evaluate(folder: Path, *overrides: str, which: str = "memory") -> dict:
+    return run_evaluation(compose([f"run={folder}", f"evaluation=[{which}]", *overrides], root="evaluate"))[which]
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,33 @@ def test_before_anything_is_written_memory_makes_no_difference(streamed: Path):
     assert first["segments"] == "0"
     assert first["memory_off_minus_on"] == pytest.approx(0, abs=1e-6)
     assert second["memory_off_minus_on"] != 0
+
+
+def test_positions_of_texts_in_lanes_are_scored_with_the_state_that_is_carried(streamed: Path):
+    whole, by_segment = evaluate(streamed, which="perplexity"), evaluate(streamed)["by_segment"]
+
+    found = evaluate(streamed, which="positions")
+
+    for lines in found.values():
+        assert sum(line["targets"] for line in lines) == whole["targets"]
+        mean = sum(line["loss"] * line["targets"] for line in lines) / whole["targets"]
+        assert mean == pytest.approx(whole["loss"], rel=1e-12)
+    # Two segments are a block here; the buckets are those that the memory is measured in.
+    assert [line["positions"] for line in found["by_segment"][:4]] == ["0-7", "8-15", "16-31", "32-63"]
+    for line, same in zip(found["by_segment"], by_segment, strict=True):
+        assert (line["targets"], line["loss"]) == (same["targets"], pytest.approx(same["loss"], rel=1e-12))
+
+
+def test_lag_from_an_empty_state_is_refused_where_the_state_is_carried(
+    streamed: Path, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as refused:
+        evaluate(streamed, which="lag")
+
+    assert refused.value.code == 2
+    assert (
+        "evaluation.lag: sweeps each block from an empty state, trainer=streaming carries it" in capsys.readouterr().err
+    )
 
 
 def test_bytes_are_those_that_cross_from_block_to_block(streamed: Path):

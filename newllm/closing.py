@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from newllm.config.compose import compose
+from newllm.config.schema import TrainConfig
 from newllm.report.phase1 import contexts_of
 from newllm.run_record import last_and_best, read_metrics, read_run
+
+WORTH_A_LOOK = ("perplexity", "positions", "lag", "generation")  # evaluations that need no choice of the user
 
 
 def _memory_lines(last: dict[str, float], results: dict[str, Any]) -> list[str]:
@@ -36,10 +40,17 @@ def _context_lines(facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def closing_lines(folder: Path, results: dict[str, Any]) -> str:
+def _next_evaluations(config: TrainConfig) -> str:
+    """Those worth a look that this run allows, as evaluate.py would check them."""
+    offered = compose(["run=.", f"evaluation=[{','.join(WORTH_A_LOOK)}]"], root="evaluate").evaluation
+    return ",".join(name for name in WORTH_A_LOOK if not offered[name].check(config))
+
+
+def closing_lines(config: TrainConfig, folder: Path, results: dict[str, Any]) -> str:
     """Return a few lines for the terminal.
 
     Args:
+        config: of the run.
         folder: run folder.
         results: what the evaluation of the best checkpoint found, by name of the evaluation.
     """
@@ -71,6 +82,6 @@ def closing_lines(folder: Path, results: dict[str, Any]) -> str:
         if results
         else f"curves: {folder / 'curves.png'}",
         f"see it:  tensorboard --logdir {folder.parent}",
-        f"next:    python evaluate.py run={folder} 'evaluation=[perplexity,positions,lag,generation]'",
+        f"next:    python evaluate.py run={folder} 'evaluation=[{_next_evaluations(config)}]'",
     ]
     return "\n".join(told)

@@ -292,7 +292,7 @@ def _train_and_record(prepared: Prepared, record: RunRecord, started: float) -> 
             raise SystemExit(session.stop.exit_code)
         return last.get("val/loss")
     results = run_suite(load_run(folder, "best"), config.evaluation)
-    print(closing_lines(folder, results))
+    print(closing_lines(config, folder, results))
     return last.get("val/loss")
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from newllm.closing import closing_lines
+from newllm.config.compose import compose
+from newllm.config.typed import real_config
 
 STREAMED = {"val/loss": 2.0, "val/perplexity": 7.39, "val/loss_memory_off": 2.5, "val/loss_other_memory": 2.25}
 RECALL = {"accuracy": 0.9, "chance_accuracy": 0.01, "state_bytes": 16640}
@@ -17,7 +19,7 @@ def told(folder: Path, metrics: dict[str, float], results: dict[str, Any]) -> st
     (folder / "run.json").write_text(json.dumps({"data": {}, "guards": []}))
     (folder / "config.yaml").write_text("{}")
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens": 8, **metrics}) + "\n")
-    return closing_lines(folder, results)
+    return closing_lines(compose([]), folder, results)
 
 
 @pytest.mark.parametrize(
@@ -46,3 +48,21 @@ def test_a_model_without_memory_is_told_nothing_of_it(tmp_path: Path) -> None:
     assert "memory on" not in told(
         tmp_path, {"val/loss": 2.0, "val/perplexity": 7.39}, {"recall": RECALL, "memory": {"all": {"loss": 2.0}}}
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "suggested"),
+    [
+        (["model=infini", "trainer=lct"], "perplexity,positions,lag,generation"),
+        (["model=pythia", "trainer=standard"], "perplexity,positions,generation"),
+        (["model=infini", "trainer=streaming"], "perplexity,positions,generation"),
+        (["model=infini", "trainer=streaming", "model.feedback=additive"], "perplexity,positions,generation"),
+        (["data=mqar", "model=infini", "trainer=standard"], "perplexity,positions"),
+    ],
+)
+def test_only_evaluations_that_the_run_allows_are_suggested(tmp_path: Path, given: list[str], suggested: str) -> None:
+    told(tmp_path, {"val/loss": 2.0, "val/perplexity": 7.39}, {})
+
+    line = closing_lines(real_config(compose(given)), tmp_path, {}).splitlines()[-1]
+
+    assert line == f"next:    python evaluate.py run={tmp_path} 'evaluation=[{suggested}]'"

@@ -17,8 +17,12 @@ def _memory_lines(last: dict[str, float], results: dict[str, Any]) -> list[str]:
     """What the memory is worth, of runs that have measured it: losses in nats of texts, answers of probes."""
     told = []
     if "val/loss_memory_off" in last:
-        other = f", another text's: {last['val/loss_other_memory']:.4f}" if "val/loss_other_memory" in last else ""
-        told.append(f"memory on: {last['val/loss']:.4f} nats, off: {last['val/loss_memory_off']:.4f}{other}")
+        told.append(f"memory on: {last['val/loss']:.4f} nats, off: {last['val/loss_memory_off']:.4f}")
+        if "val/loss_other_memory" in last:
+            told[-1] += (
+                f"; another text's: {last['val/loss_other_memory']:.4f}, on where there was one "
+                f"({last['val/other_memory_share']:.1%} of the targets): {last['val/loss_own_memory']:.4f}"
+            )
     elif "loss_memory_off" in (texts := results.get("memory", {}).get("all", {})):
         told.append(f"memory on: {texts['loss']:.4f} nats over whole texts, off: {texts['loss_memory_off']:.4f}")
     recall = results.get("recall", {})

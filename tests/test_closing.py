@@ -10,7 +10,8 @@ from newllm.closing import closing_lines
 from newllm.config.compose import compose
 from newllm.config.typed import real_config
 
-STREAMED = {"val/loss": 2.0, "val/perplexity": 7.39, "val/loss_memory_off": 2.5, "val/loss_other_memory": 2.25}
+STREAMED = {"val/loss": 2.0, "val/perplexity": 7.39, "val/loss_memory_off": 2.5}
+OTHER = {"val/loss_other_memory": 2.25, "val/loss_own_memory": 1.75, "val/other_memory_share": 0.9}
 RECALL = {"accuracy": 0.9, "chance_accuracy": 0.01, "state_bytes": 16640}
 KNOCKED_OUT = {"memory_off": {"accuracy": 0.1}, "other_memory": {"accuracy": 0.2}}
 
@@ -25,7 +26,12 @@ def told(folder: Path, metrics: dict[str, float], results: dict[str, Any]) -> st
 @pytest.mark.parametrize(
     ("metrics", "results", "line"),
     [
-        (STREAMED, {}, "memory on: 2.0000 nats, off: 2.5000, another text's: 2.2500"),
+        (STREAMED, {}, "memory on: 2.0000 nats, off: 2.5000"),
+        (
+            STREAMED | OTHER,
+            {},
+            "memory on: 2.0000 nats, off: 2.5000; another text's: 2.2500, on where there was one (90.0% of the targets): 1.7500",
+        ),
         (
             {"val/loss": 2.0, "val/perplexity": 7.39},
             {"memory": {"all": {"loss": 2.0, "loss_memory_off": 2.5}}},

@@ -74,6 +74,10 @@ def losses(folder: Path) -> list[dict[str, float]]:
         "val/loss",
         "val/accuracy",
         "val/loss_lagged",
+        "val/loss_memory_off",
+        "val/loss_other_memory",
+        "val/loss_own_memory",
+        "val/other_memory_share",
         "optim/grad_norm",
         "optim/lr",
     )

@@ -109,11 +109,29 @@ def plan_lanes(
     return [generator.permutation(lanes[lane]).tolist() for lane in order]
 
 
+def lane_groups(num_lanes: int) -> list[range]:
+    """Return which lanes lie beside each other: two and two from the longest on, the last three where the number is odd.
+
+    Only lanes of one group see each other's memories, so that a group can be read by any process without the others.
+
+    Args:
+        num_lanes: lanes, at least one; one alone is a group.
+    """
+    starts = range(0, max(1, num_lanes - 1), 2)
+    return [range(start, end) for start, end in zip(starts, [*starts[1:], num_lanes], strict=True)]
+
+
+def lanes_beside(num_lanes: int) -> list[int]:
+    """Return for each lane the next of its group, behind the last one the first; a lane alone has itself."""
+    return [group[(place + 1) % len(group)] for group in lane_groups(num_lanes) for place in range(len(group))]
+
+
 class LaneBatches(EpochBatches):
     """Batches of one block per lane, epoch after epoch; each block once in each epoch.
 
     Several ranks share the lanes that one process would read: lane i is rank i % world_size's. The last batches of an epoch,
-    with fewer rows than ranks, are left out. A rank without a held-out lane reads the first again.
+    with fewer rows than ranks, are left out. Of held-out lanes a rank takes whole groups, so that each lane has the neighbour
+    that it has in one process; a rank for which there is none reads the first again.
 
     Args:
         samples: the blocks.
@@ -155,8 +173,7 @@ class LaneBatches(EpochBatches):
             )
         lengths = [int(samples.blocks_per_text[lane].sum()) for lane in lanes]
         self.longest = lengths[0]
-        own = rank if rank < len(lanes) else 0
-        self.num_batches = lengths[own] if is_held_out else lengths[world_size - 1]
+        self.num_batches = lengths[self._own(len(lanes))[0]] if is_held_out else lengths[world_size - 1]
 
     @property
     def batches_in_epoch(self) -> int:
@@ -171,12 +188,19 @@ class LaneBatches(EpochBatches):
         generator = np.random.default_rng((self.seed, epoch)) if self.shuffle else None
         sizes, first = self.samples.blocks_per_text, self.samples.first_block
         lanes = plan_lanes(sizes, self.batch_size, generator)
-        lanes = lanes[self.rank :: self.world_size] or lanes[:1]
+        lanes = [lanes[lane] for lane in self._own(len(lanes))]
         blocks = np.full((self.num_batches, len(lanes)), NO_BLOCK)
         for lane, texts in enumerate(lanes):
             own = np.concatenate([first[text] + np.arange(sizes[text]) for text in texts])[: self.num_batches]
             blocks[: len(own), lane] = own
         return blocks
+
+    def _own(self, num_lanes: int) -> list[int]:
+        """The lanes of this rank, the longest first."""
+        if not self.is_held_out:
+            return list(range(self.rank, num_lanes, self.world_size))
+        groups = lane_groups(num_lanes)
+        return [lane for group in groups[self.rank :: self.world_size] or groups[:1] for lane in group]
 
     def pick(self, order: np.ndarray, number: int) -> np.ndarray:
         row = order[number]

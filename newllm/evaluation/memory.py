@@ -16,7 +16,7 @@ from newllm.config.schema import EvaluationConfig
 from newllm.data.module import TextDataModule, build_data
 from newllm.evaluation.material import Material
 from newllm.evaluation.scoring import token_losses
-from newllm.evaluation.streaming import MODES, StreamReading
+from newllm.evaluation.streaming import StreamReading
 from newllm.layers.memory_layer import MemoryLayer
 from newllm.layers.memory_state import MemoryLayerState
 from newllm.layers.pythia import PythiaLayer
@@ -25,6 +25,8 @@ from newllm.models.base import LanguageModel
 from newllm.report.statistics import weighted_mean
 from newllm.state import parts_of
 from newllm.streaming import read_block
+
+WHOLE_MODES = ("exact", "memory_off")  # readings of all targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,9 @@ def measure(material: Material, options: MemoryEvaluationConfig) -> dict[str, An
     another text's) minus loss with it, nats per token, with the interval of resampled texts: each text's losses are compared with
     its own. One text has no interval. `by_text` holds the sums behind the lines, so that other models can be compared text by text.
 
+    Another text's memory was there for some of the targets only, `targets_other_memory`: `loss_other_memory` is theirs, and so is
+    `loss_own_memory`, of the exact reading. They are missing from lines without any.
+
     Args:
         material: model and text.
         options: how to read and count.
@@ -68,20 +73,20 @@ def measure(material: Material, options: MemoryEvaluationConfig) -> dict[str, An
         context_tokens = getattr(config.trainer, "context_tokens", 0)
     segment_length = options.segment_length or _segment_length(model) or config.data.block_length
     by_text = _losses_by_text(material, _lanes(material), context_tokens)
-    modes = [mode for mode in MODES if all(mode in losses for losses in by_text.values())]
     lengths = {text: len(losses["exact"]) for text, losses in by_text.items()}
     edges = _doubling_edges(-(-max(lengths.values()) // segment_length))
     lines, sums_by_text = [], []
     for first, end in edges:
         start, stop = first * segment_length, end * segment_length
         name = str(first) if end == first + 1 else f"{first}-{end - 1}"
-        sums = _sums(by_text, modes, start, stop)
-        lines.append({"segments": name, **_compare(sums, modes, options.resamples)})
+        sums = _sums(by_text, start, stop)
+        lines.append({"segments": name, **_compare(sums, options.resamples)})
         reached = [text for text, length in lengths.items() if length > start]
-        sums_by_text.append({"segments": name, "texts": reached, **_columns(sums, modes)})
-    everything = _sums(by_text, modes, 0, max(lengths.values()))
+        columns = {column: values.tolist() for column, values in sums.items()}
+        sums_by_text.append({"segments": name, "texts": reached, **columns})
+    everything = _sums(by_text, 0, max(lengths.values()))
     return {
-        "all": _compare(everything, modes, options.resamples),
+        "all": _compare(everything, options.resamples),
         "by_segment": lines,
         "by_text": sums_by_text,
         "segment_length": segment_length,
@@ -108,17 +113,21 @@ def _lanes(material: Material) -> TextDataModule:
 
 
 def _losses_by_text(material: Material, data: TextDataModule, context_tokens: int) -> dict[int, dict[str, np.ndarray]]:
-    """Nats of every target of each text, in order, by reading."""
+    """Nats of every target of each text, in order, by reading; NaN where no other text's memory was there to be read."""
     reading = StreamReading(material.model, context_tokens=context_tokens)
     pieces: dict[int, dict[str, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
     text_of_row: dict[int, int] = {}
     loader = data.val_dataloader() if material.split == "validation" else data.test_dataloader()
     for cpu_batch in loader:
         batch = {name: tensor.to(material.device) for name, tensor in cpu_batch.items()}
+        readings = reading.read(batch)
         losses = {
             mode: token_losses(material.model, hidden, batch["labels"])[0].cpu().numpy()
-            for mode, hidden in reading.read(batch).items()
+            for mode, hidden in readings.hidden.items()
         }
+        if "other_memory" in losses:
+            without = [row for row in range(len(batch["labels"])) if row not in readings.rows_of_other]
+            losses["other_memory"][without] = np.nan
         has_target = (cpu_batch["labels"] != NO_TARGET).numpy()
         for row, starts in enumerate(cpu_batch["starts_text"][:, 0].tolist()):
             if starts:
@@ -141,29 +150,50 @@ def _doubling_edges(num_segments: int) -> list[tuple[int, int]]:
     return edges
 
 
-def _sums(by_text: dict[int, dict[str, np.ndarray]], modes: list[Any], first: int, end: int) -> np.ndarray:
-    """Nats of each reading, and targets, of the texts that reach these positions [texts, readings + 1]."""
-    rows = [
-        [*(losses[mode][first:end].sum() for mode in modes), len(losses["exact"][first:end])]
+def _sums(by_text: dict[int, dict[str, np.ndarray]], first: int, end: int) -> dict[str, np.ndarray]:
+    """Targets, and nats of each reading, of the texts that reach these positions, by name [texts].
+
+    Another text's memory has targets of its own, and beside its nats those of the exact reading on them.
+    """
+    spans = [
+        {mode: nats[first:end] for mode, nats in losses.items()}
         for losses in by_text.values()
         if len(losses["exact"]) > first
     ]
-    return np.array(rows, dtype=np.float64)
+    columns: dict[str, list[float]] = defaultdict(list)
+    for losses in spans:
+        columns["targets"].append(len(losses["exact"]))
+        for mode in WHOLE_MODES:
+            if mode in losses:
+                columns[f"nats_{mode}"].append(losses[mode].sum())
+        if "other_memory" in losses:
+            is_read = ~np.isnan(losses["other_memory"])
+            columns["targets_other_memory"].append(is_read.sum())
+            columns["nats_own_memory"].append(losses["exact"][is_read].sum())
+            columns["nats_other_memory"].append(losses["other_memory"][is_read].sum())
+    return {name: np.array(values, dtype=np.float64) for name, values in columns.items()}
 
 
-def _columns(sums: np.ndarray, modes: list[Any]) -> dict[str, list[float]]:
-    """The sums of each text: targets, and nats of each reading."""
-    return {"targets": sums[:, -1].tolist(), **{f"nats_{mode}": sums[:, i].tolist() for i, mode in enumerate(modes)}}
+def _compare(sums: dict[str, np.ndarray], resamples: int) -> dict[str, Any]:
+    targets = sums["targets"]
+    found: dict[str, Any] = _loss(sums["nats_exact"], targets, "")
+    if "nats_memory_off" in sums:
+        found |= _loss(sums["nats_memory_off"], targets, "_memory_off")
+        found |= _difference(sums["nats_memory_off"] - sums["nats_exact"], targets, "memory_off_minus_on", resamples)
+    found |= {"texts": len(targets), "targets": int(targets.sum())}
+    if "nats_other_memory" not in sums or not sums["targets_other_memory"].any():
+        return found
+    has_other = sums["targets_other_memory"] > 0
+    other, own, read = (sums[f"{name}_memory"][has_other] for name in ("nats_other", "nats_own", "targets_other"))
+    found |= _loss(other, read, "_other_memory") | _loss(own, read, "_own_memory")
+    found |= _difference(other - own, read, "other_memory_minus_own", resamples)
+    return {**found, "texts_other_memory": len(read), "targets_other_memory": int(read.sum())}
 
 
-def _compare(sums: np.ndarray, modes: list[Any], resamples: int) -> dict[str, Any]:
-    losses = sums[:, :-1].sum(0) / sums[:, -1].sum()
-    found: dict[str, Any] = {"loss": losses[0], "perplexity": math.exp(min(losses[0], 700))}
-    for index, mode in enumerate(modes[1:], start=1):
-        found |= {f"loss_{mode}": losses[index], f"perplexity_{mode}": math.exp(min(losses[index], 700))}
-        found |= _difference(sums[:, index] - sums[:, 0], sums[:, -1], f"{mode}_minus_on", resamples)
-    found = {name: float(value) if value is not None else None for name, value in found.items()}
-    return {**found, "texts": len(sums), "targets": int(sums[:, -1].sum())}
+def _loss(nats: np.ndarray, targets: np.ndarray, suffix: str) -> dict[str, float]:
+    """Nats per token and perplexity, by name."""
+    loss = float(nats.sum() / targets.sum())
+    return {f"loss{suffix}": loss, f"perplexity{suffix}": math.exp(min(loss, 700))}
 
 
 def _difference(nats: np.ndarray, targets: np.ndarray, name: str, resamples: int) -> dict[str, float | None]:

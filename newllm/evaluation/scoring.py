@@ -111,7 +111,11 @@ def score_batch(
 @torch.inference_mode()
 def score_states(model: LanguageModel, hidden: Tensor, labels: Tensor, token_bytes: Tensor | None) -> Score:
     """Return the score of hidden states [B, T, D] against their labels [B, T]; `token_bytes` as for `score_batch`."""
-    nats, correct = token_losses(model, hidden, labels)
+    return score_of(*token_losses(model, hidden, labels), labels, token_bytes)
+
+
+def score_of(nats: Tensor, correct: Tensor, labels: Tensor, token_bytes: Tensor | None) -> Score:
+    """Return the score of what `token_losses` gave, or of some rows of it with their labels; `token_bytes` as for `score_batch`."""
     targets = labels[labels != NO_TARGET]
     num_bytes = 0 if token_bytes is None else int(token_bytes.to(targets.device)[targets].sum())
     return Score(float(nats.sum()), targets.numel(), int(correct.sum()), num_bytes)

@@ -16,8 +16,9 @@ STYLES = {"exact": "-", "memory_off": "--", "other_memory": ":"}
 WORDS = {"exact": "on", "memory_off": "off", "other_memory": "another text's"}
 NOTE = (
     "Losses in nats per token, mean +- standard deviation over seeds. Differences are paired by text, means over seeds, with the 95 % "
-    "interval of resampled texts. worth: loss without memory, or with another text's, minus loss with it. gain: loss of {reference} "
-    "minus loss of this one. Bytes: what a text carries from block to block."
+    "interval of resampled texts. worth: loss without memory, or with another text's, minus loss with it, on the same targets: for the "
+    "first ones no other text had written anything yet. gain: loss of {reference} minus loss of this one. Bytes: what a text carries "
+    "from block to block."
 )
 Difference = tuple[float, float | None, float | None]
 
@@ -30,14 +31,14 @@ def segment_table(corpus: Corpus) -> Table:
             *(reader.group.letter, reader.name, number(reader.state_bytes), number(reader.memory_bytes)),
             *(segments.name, str(len(segments.texts)), number(segments.targets.sum())),
             *(spread(segments.losses), number(exp(min(segments.loss("exact"), 700)))),
-            *(_shown(difference) for difference in _differences(reader, segments, reference)),
+            *_shown_differences(reader, segments, reference),
         ]
         for reader in corpus.readers
         for segments in reader.segments
     ]
     size = sorted({reader.segment_length for reader in corpus.readers})
     columns = ["", "layers", "state bytes", "memory bytes", "segments", "texts", "targets", "loss", "perplexity"]
-    columns += ["worth against off", "worth against another's", "gain"]
+    columns += ["worth against off", "worth against another's", "on targets", "gain"]
     title = f"{corpus.name}, segments of {', '.join(map(str, size))} tokens"
     note = NOTE.format(reference="attention alone" if reference is None else reference.name)
     return Table(title, columns, rows, note, frozenset((0, 1, 4)))
@@ -49,6 +50,12 @@ def _differences(reader: Reader, segments: Segments, reference: Reader | None) -
         yield segments.more_than(mode) if mode in segments.nats else None
     theirs = reader.paired(segments, reference)
     yield None if theirs is None else theirs.more_than("exact", segments)
+
+
+def _shown_differences(reader: Reader, segments: Segments, reference: Reader | None) -> list[str]:
+    """The differences, and of how many targets that against another text's memory is."""
+    off, other, gain = map(_shown, _differences(reader, segments, reference))
+    return [off, other, NONE if other == NONE else number(segments.targets_of_other.sum()), gain]
 
 
 def _shown(difference: Difference | None) -> str:
@@ -86,10 +93,14 @@ def draw_segments(corpora: Sequence[Corpus]) -> Figure:
 def _draw_reader(panels: Sequence[Axes], reader: Reader, reference: Reader | None, colour: str) -> None:
     losses, worth, gain = panels
     names = [segments.name for segments in reader.segments]
-    for mode in reader.segments[0].nats:
-        values = [segments.loss(mode) for segments in reader.segments if mode in segments.nats]
+    for mode, style in STYLES.items():
+        # Lines of one panel are of the same targets: another text's memory is missing where it was not there for all.
+        measured = [segments for segments in reader.segments if mode in segments.nats and segments.is_whole(mode)]
         label = f"{reader.name}, {number(reader.state_bytes)} B" if mode == "exact" else None
-        losses.plot(names[: len(values)], values, color=colour, linestyle=STYLES[mode], marker=".", label=label)
+        if measured:
+            values = [segments.loss(mode) for segments in measured]
+            places = [segments.name for segments in measured]
+            losses.plot(places, values, color=colour, linestyle=style, marker=".", label=label)
     columns = list(zip(*(_differences(reader, segments, reference) for segments in reader.segments), strict=True))
     for axes, mode, differences in zip((worth, worth, gain), (*list(STYLES)[1:], "exact"), columns, strict=True):
         _draw_differences(axes, names, differences, colour, STYLES[mode])

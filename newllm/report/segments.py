@@ -15,7 +15,8 @@ from newllm.report.groups import Group, group_runs, memory_name
 from newllm.report.statistics import weighted_mean
 from newllm.run_record import Run
 
-MODES = ("exact", "memory_off", "other_memory")
+MODES = ("exact", "memory_off", "own_memory", "other_memory")
+OF_OTHER = ("own_memory", "other_memory")  # of the targets for which another text's memory was read
 
 
 @dataclass(frozen=True)
@@ -26,27 +27,39 @@ class Segments:
         name: first and last index, as `4-7`.
         texts: number of each text in the data.
         targets: of each text [N].
-        nats: of each text, mean over seeds, by reading: exact, memory_off, other_memory [N].
+        targets_of_other: those of each text for which another text's memory was read [N].
+        nats: of each text, mean over seeds, by reading [N]: exact, memory_off; where another text's memory was read at all,
+            other_memory, and own_memory, the exact reading of the same targets.
         losses: nats per target of the exact reading, one for each seed.
     """
 
     name: str
     texts: tuple[int, ...]
     targets: np.ndarray
+    targets_of_other: np.ndarray
     nats: dict[str, np.ndarray]
     losses: Sequence[float]
 
     def loss(self, mode: str) -> float:
         """Return nats per target of a reading."""
-        return float(self.nats[mode].sum() / self.targets.sum())
+        targets = self.targets_of_other if mode in OF_OTHER else self.targets
+        return float(self.nats[mode].sum() / targets.sum())
+
+    def is_whole(self, mode: str) -> bool:
+        """Return whether a reading has been made of all targets."""
+        return mode not in OF_OTHER or bool((self.targets_of_other == self.targets).all())
 
     def more_than(self, mode: str, other: "Segments | None" = None) -> tuple[float, float | None, float | None]:
         """Return how much higher a reading's loss is than the exact one, of these or of another model, with its interval over texts.
 
         Args:
-            mode: of the reading.
+            mode: of the reading; that of another text's memory is compared on its own targets.
             other: of the same texts; None for these.
         """
+        if mode == "other_memory":
+            has_other = self.targets_of_other > 0
+            difference = self.nats["other_memory"] - self.nats["own_memory"]
+            return weighted_mean(difference[has_other], self.targets_of_other[has_other])
         exact = (self if other is None else other).nats["exact"]
         return weighted_mean(self.nats[mode] - exact, self.targets)
 
@@ -130,7 +143,8 @@ def _reader(group: Group) -> Reader:
 def _segments(seeds: Sequence[dict[str, Any]]) -> Segments:
     """The same segments in runs that differ in their seed only: the same texts and targets."""
     targets = np.array(seeds[0]["targets"], dtype=np.float64)
-    modes = [mode for mode in MODES if f"nats_{mode}" in seeds[0]]
+    of_other = np.array(seeds[0].get("targets_other_memory", np.zeros(len(targets))), dtype=np.float64)
+    modes = [mode for mode in MODES if f"nats_{mode}" in seeds[0] and (mode not in OF_OTHER or of_other.any())]
     nats = {mode: np.mean([seed[f"nats_{mode}"] for seed in seeds], axis=0) for mode in modes}
     losses = [sum(seed["nats_exact"]) / targets.sum() for seed in seeds]
-    return Segments(seeds[0]["segments"], tuple(seeds[0]["texts"]), targets, nats, losses)
+    return Segments(seeds[0]["segments"], tuple(seeds[0]["texts"]), targets, of_other, nats, losses)

@@ -174,11 +174,20 @@ class TrainingModule(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         sums = self.sums.total()
-        scores = {name: value for name, value in sums.items() if isinstance(value, Score)}
-        found = {f"val/{name}": value for name, value in scores["exact"].metrics().items()}
-        found |= {f"val/loss_{mode}": score.metrics()["loss"] for mode, score in scores.items() if mode != "exact"}
+        found = self.validation_metrics({name: value for name, value in sums.items() if isinstance(value, Score)})
         # float64: evaluate.py gives the same numbers to the last digit.
         self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()})
+
+    def validation_metrics(self, scores: dict[str, Score]) -> dict[str, float]:
+        """Return what is logged of a validation, by name.
+
+        Args:
+            scores: `exact` of the deployed function, the others by what they score.
+        """
+        found = {f"val/{name}": value for name, value in scores["exact"].metrics().items()}
+        return found | {
+            f"val/loss_{mode}": score.metrics()["loss"] for mode, score in scores.items() if mode != "exact"
+        }
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.config.optimizer)

@@ -11,6 +11,7 @@ from torch import Tensor
 from newllm import ranks
 from newllm.config.fields import Count
 from newllm.config.schema import Natural, TrainerConfig
+from newllm.evaluation.scoring import Score
 from newllm.evaluation.streaming import StreamReading
 from newllm.state import from_tensors, merge_rows, tensors_of
 from newllm.streaming import begin, check_is_written, read_block
@@ -62,7 +63,9 @@ class StreamingModule(TrainingModule):
     """Each block starts from the state after the one before it in the same lane, computed exactly.
 
     Validation reads its texts in the same way. Beside the deployed function, memory on, stand `val/loss_memory_off` (memories stay
-    empty) and `val/loss_other_memory` (another text's memory is read): the differences are what the memory is worth.
+    empty), of the same targets, and `val/loss_other_memory` (another text's memory is read), of the targets for which there was one:
+    `val/other_memory_share` of them all. `val/loss_own_memory` is the deployed function's loss on those. Off minus on, and other
+    minus own, are what the memory is worth.
 
     Attributes:
         state: after the last block of every lane; None before the first.
@@ -127,6 +130,12 @@ class StreamingModule(TrainingModule):
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         assert self._reading is not None, "validation begins with on_validation_epoch_start"
         self.sums.add(batch, batch_index, self._reading.score(batch, self.token_bytes))
+
+    def validation_metrics(self, scores: dict[str, Score]) -> dict[str, float]:
+        found = super().validation_metrics(scores)
+        if "other_memory" in scores:
+            found["val/other_memory_share"] = scores["other_memory"].tokens / scores["exact"].tokens
+        return found
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_texts import BYTES, delay_config, jsonl_config, write_jsonl
 
-from newllm.data.lanes import NO_TARGET, LaneBatches, TextBlocks, plan_lanes
+from newllm.data.lanes import NO_TARGET, LaneBatches, TextBlocks, lane_groups, lanes_beside, plan_lanes
 from newllm.data.loader import PositionLoader
 from newllm.data.module import TextDataModule
 
@@ -127,13 +127,21 @@ def test_ranks_share_the_lanes_of_one_process():
 def test_ranks_leave_out_no_block_of_held_out_lanes():
     blocks = TextBlocks(np.tile(STREAM, 5), block_length=3, eos_id=EOS)
     ranks = [
-        LaneBatches(blocks, 3, seed=0, shuffle=False, rank=rank, world_size=4, is_held_out=True) for rank in range(4)
+        LaneBatches(blocks, 7, seed=0, shuffle=False, rank=rank, world_size=4, is_held_out=True) for rank in range(4)
     ]
 
     read = [[block for batch in rank for block in batch] for rank in ranks]
 
     assert sorted(read[0] + read[1] + read[2]) == list(range(len(blocks)))
     assert read[3] == read[0]
+    assert [len(next(rank)) for rank in map(iter, ranks)] == [2, 2, 3, 2]
+
+
+def test_lanes_lie_two_and_two():
+    assert [list(map(list, lane_groups(count))) for count in (1, 2, 3, 5)] == [
+        *([[0]], [[0, 1]], [[0, 1, 2]], [[0, 1], [2, 3, 4]]),
+    ]
+    assert [lanes_beside(count) for count in (1, 2, 5)] == [[0], [1, 0], [1, 0, 3, 4, 2]]
 
 
 def test_facts_count_what_lanes_hold(corpus: Path):

@@ -54,12 +54,31 @@ def test_losses_are_weighted_by_targets_and_short_texts_left_out():
         7: {"exact": np.array([5.0]), "memory_off": np.array([5.0])},
     }
 
-    late = _compare(_sums(by_text, ["exact", "memory_off"], 1, 9), ["exact", "memory_off"], 10)
-    first = _compare(_sums(by_text, ["exact", "memory_off"], 0, 1), ["exact", "memory_off"], 10)
+    late = _compare(_sums(by_text, 1, 9), 10)
+    first = _compare(_sums(by_text, 0, 1), 10)
 
     assert (late["loss"], late["loss_memory_off"], late["memory_off_minus_on"]) == (2.5, 5.0, 2.5)
     assert (late["texts"], late["targets"], late["memory_off_minus_on_low"]) == (1, 2, None)
     assert (first["loss"], first["memory_off_minus_on"], first["texts"]) == (3.0, 0.0, 2)
+
+
+def test_another_texts_memory_is_compared_on_its_own_targets():
+    nothing = float("nan")
+    by_text = {
+        0: {
+            "exact": np.array([1.0, 2.0, 3.0]),
+            "memory_off": np.array([9.0, 9.0, 9.0]),
+            "other_memory": np.array([nothing, 4.0, 4.0]),
+        },
+        7: {"exact": np.array([5.0]), "memory_off": np.array([9.0]), "other_memory": np.array([nothing])},
+    }
+
+    whole, first = _compare(_sums(by_text, 0, 9), 10), _compare(_sums(by_text, 0, 1), 10)
+
+    assert (whole["loss"], whole["targets"], whole["texts"]) == (11 / 4, 4, 2)
+    assert (whole["loss_other_memory"], whole["loss_own_memory"], whole["other_memory_minus_own"]) == (4.0, 2.5, 1.5)
+    assert (whole["targets_other_memory"], whole["texts_other_memory"]) == (2, 1)
+    assert not [name for name in first if "other" in name or "own" in name]
 
 
 def test_interval_resamples_texts_and_never_tokens():
@@ -77,8 +96,13 @@ def test_measured_numbers_are_those_the_run_logged(streamed: Path):
     found = evaluate(streamed)
 
     assert all(entry["equal"] for entry in reproduced.values()), reproduced
-    for name in ("loss", "loss_memory_off", "loss_other_memory"):
+    for name in ("loss", "loss_memory_off", "loss_other_memory", "loss_own_memory"):
         assert found["all"][name] == pytest.approx(logged[f"val/{name}"], rel=1e-9)
+    share = found["all"]["targets_other_memory"] / found["all"]["targets"]
+    assert share == pytest.approx(logged["val/other_memory_share"], rel=1e-12)
+    assert found["all"]["targets_other_memory"] == sum(
+        line.get("targets_other_memory", 0) for line in found["by_segment"]
+    )
     assert found["all"]["targets"] == sum(line["targets"] for line in found["by_segment"])
     assert found["all"]["texts"] == 2
 
@@ -87,6 +111,8 @@ def test_before_anything_is_written_memory_makes_no_difference(streamed: Path):
     first, second = evaluate(streamed)["by_segment"][:2]
 
     assert first["segments"] == "0"
+    # Each lane is one text: in their first blocks, of two segments, nobody has written anything.
+    assert not [name for line in (first, second) for name in line if "other_memory" in name]
     assert first["memory_off_minus_on"] == pytest.approx(0, abs=1e-6)
     assert second["memory_off_minus_on"] != 0
 

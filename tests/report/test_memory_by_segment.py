@@ -13,11 +13,16 @@ from newllm.report.segments import Corpus, corpora_of
 
 
 def write_reader(folder: Path, stack: list[str], nats: dict[str, list[list[float]]], **changes: Any) -> None:
-    """A run that read two texts, of which one reaches the second segment; `nats` by reading and segment."""
+    """A run that read two texts, of which one reaches the second segment; `nats` by reading and segment.
+
+    In the first segment another text's memory was there for 20 targets of the second text.
+    """
+    of_other = [[0, 20], [20]]
     shapes = [("0", [3, 8], [10, 30]), ("1", [8], [20])]
     by_text = [
         {"segments": name, "texts": texts, "targets": targets}
         | {f"nats_{mode}": sums[place] for mode, sums in nats.items()}
+        | ({"targets_other_memory": of_other[place]} if "other_memory" in nats else {})
         for place, (name, texts, targets) in enumerate(shapes)
     ]
     measured = {"by_text": by_text, "segment_length": 4, "state_bytes": 96, "memory_bytes": 32 * (len(nats) > 1)}
@@ -33,12 +38,14 @@ def folder(tmp_path: Path) -> Path:
     memory = {
         "exact": [[10.0, 30.0], [20.0]],
         "memory_off": [[10.0, 30.0], [40.0]],
-        "other_memory": [[10.0, 30.0], [30]],
+        "own_memory": [[0.0, 18.0], [20.0]],
+        "other_memory": [[0.0, 20.0], [30]],
     }
     better = {
         "exact": [[10.0, 30.0], [16.0]],
         "memory_off": [[10.0, 30.0], [40.0]],
-        "other_memory": [[10.0, 30.0], [30]],
+        "own_memory": [[0.0, 18.0], [16.0]],
+        "other_memory": [[0.0, 20.0], [30]],
     }
     write_reader(tmp_path / "a", ["pythia", "pythia"], {"exact": [[10.0, 70.0], [28.0]]}, losses=(3.0,))
     write_reader(tmp_path / "b", ["infini", "pythia"], memory)
@@ -71,6 +78,29 @@ def test_losses_are_means_over_seeds_weighted_by_targets(folder: Path) -> None:
     assert second.more_than("memory_off") == (pytest.approx(1.1), None, None)
 
 
+def test_another_texts_memory_is_compared_where_there_was_one(folder: Path) -> None:
+    first = corpora(folder)[0].readers[0].segments[0]
+
+    assert (first.loss("other_memory"), first.loss("own_memory")) == (1.0, 0.9)
+    assert first.more_than("other_memory") == (pytest.approx(0.1), None, None)  # one text of two
+
+
+def test_segments_in_which_nobody_had_written_say_nothing_of_another_memory(tmp_path: Path) -> None:
+    nats = {mode: [[10.0, 30.0], [20.0]] for mode in ("exact", "memory_off", "own_memory", "other_memory")}
+    write_reader(tmp_path / "a", ["infini", "pythia"], nats)
+    file = tmp_path / "a" / "evaluation.json"
+    measured = json.loads(file.read_text())
+    measured["memory"]["by_text"][0] |= {"targets_other_memory": [0, 0]}
+    file.write_text(json.dumps(measured))
+
+    table = segment_table(corpora(tmp_path)[0])
+    figure = draw_segments(corpora(tmp_path))
+
+    told = [(row[table.columns.index("worth against another's")], row[-2]) for row in table.rows]
+    assert told == [("-", "-"), ("+0.0000", "20")]
+    assert [list(line.get_xdata()) for line in figure.axes[0].lines] == [["0", "1"], ["0", "1"], ["1"]]
+
+
 def test_models_are_compared_text_by_text(folder: Path) -> None:
     memory, attention = corpora(folder)[0].readers
 
@@ -99,6 +129,7 @@ def test_table_tells_worth_gain_and_bytes(folder: Path) -> None:
         "+0.5000",
     )
     assert (rows[3]["layers"], rows[3]["worth against off"], rows[3]["gain"]) == ("pythia", "-", "-")
+    assert [row["on targets"] for row in rows] == ["20", "20", "-", "-"]
     assert (late["state bytes"], late["memory bytes"], rows[3]["memory bytes"]) == ("96", "32", "0")
 
 
@@ -110,7 +141,7 @@ def test_picture_shows_every_reading_and_difference(folder: Path) -> None:
     assert [list(map(float, line.get_ydata())) for line in losses.lines] == [
         [1.0, 0.9],
         [1.0, 2.0],
-        [1.0, 1.5],
+        [1.5],
         [2.0, 1.4],
     ]
     assert [label.get_text() for label in losses.get_legend().get_texts()] == [
@@ -118,7 +149,7 @@ def test_picture_shows_every_reading_and_difference(folder: Path) -> None:
         "pythia, 96 B",
     ]
     assert list(map(float, gain.lines[0].get_ydata())) == pytest.approx([1.0, 0.5])
-    assert list(map(float, worth.lines[1].get_ydata())) == pytest.approx([0.0, 0.6])
+    assert list(map(float, worth.lines[1].get_ydata())) == pytest.approx([0.1, 0.6])
 
 
 def test_the_command_writes_the_picture_and_says_what_is_missing(

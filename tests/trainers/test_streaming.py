@@ -1,5 +1,6 @@
 """Memory carried from block to block: what is read is one text, what is trained is what is carried."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,11 +9,13 @@ from short_fit import SHORT
 from torch import Tensor
 
 from newllm.config.compose import compose
-from newllm.evaluation.scoring import token_losses
+from newllm.data.lanes import LaneBatches, TextBlocks, lane_groups
+from newllm.evaluation.scoring import Score, token_losses
+from newllm.evaluation.streaming import StreamReading
 from newllm.layers.memory_state import MemoryLayerState
 from newllm.models.base import LanguageModel
 from newllm.models.create import build_model
-from newllm.state import parts_of
+from newllm.state import map_parts, parts_of
 from newllm.trainers.build import build_training_module
 from newllm.trainers.streaming import StreamingModule
 
@@ -179,6 +182,68 @@ def test_validation_reports_memory_on_off_and_of_another_text():
     assert len({round(metrics[name], 4) for name in ("val/loss", "val/loss_memory_off", "val/loss_other_memory")}) == 3
 
 
+def test_another_texts_memory_is_scored_where_there_was_one():
+    """In the first block nobody has written anything: what is read there is memory off under another name."""
+    training = module()
+    validation = lanes((True, True), (False, False), (False, False), seed=5)
+
+    metrics = validate(training, validation)
+
+    on, before, state = [], [], training.model.initial_state(2)
+    for batch in validation:
+        before.append(state)
+        on.append(training.model.exact(batch["input_ids"], state))
+        state = on[-1].state
+    other, state = [], training.model.initial_state(2)
+    for batch, states in zip(validation, before, strict=True):
+        theirs = parts_of(states.select([1, 0]), MemoryLayerState)
+        state = map_parts(state, MemoryLayerState, lambda name, part, of=theirs: replace(part, memory=of[name].memory))
+        other.append(training.model.exact(batch["input_ids"], state, update_memory=False))
+        state = other[-1].state
+    assert metrics["val/loss_own_memory"] == pytest.approx(score(training.model, on[1:], validation[1:]), rel=1e-5)
+    assert metrics["val/loss_other_memory"] == pytest.approx(score(training.model, other[1:], validation[1:]), rel=1e-5)
+    assert metrics["val/other_memory_share"] == pytest.approx(2 / 3)
+
+
+def test_a_memory_that_holds_nothing_yet_is_no_other_memory():
+    """A segment of two blocks: the first write comes with the second one."""
+    metrics = validate(
+        module(f"layers.segment_length={2 * BLOCK}"), lanes((True, True), (False, False), (False, False))
+    )
+    never = validate(module(f"layers.segment_length={2 * BLOCK}"), lanes((True, True), (False, False)))
+
+    assert metrics["val/other_memory_share"] == pytest.approx(1 / 3)
+    assert {"val/loss_memory_off"} == {name for name in never if "memory" in name}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_validation_is_the_same_for_any_number_of_processes(world_size: int):
+    training = module()
+    generator = torch.Generator().manual_seed(9)
+    texts = [torch.randint(1, VOCABULARY, (length,), generator=generator) for length in (40, 33, 30, 22, 21, 14, 9)]
+    stream = torch.cat([torch.cat([text, torch.zeros(1, dtype=torch.int64)]) for text in texts]).numpy()
+    blocks = TextBlocks(stream, block_length=BLOCK, eos_id=0)
+
+    def scores(ranks: int) -> dict[str, Score]:
+        total: dict[str, Score] = {}
+        for rank in range(ranks):
+            batches = LaneBatches(blocks, 5, seed=0, shuffle=False, rank=rank, world_size=ranks, is_held_out=True)
+            if rank >= len(lane_groups(5)):
+                continue  # reads again what another has read
+            reading = StreamReading(training.model, context_tokens=0)
+            for picked in batches:
+                for name, found in reading.score(blocks.__getitems__(picked), None).items():
+                    total[name] = total[name] + found if name in total else found
+        return total
+
+    alone, shared = scores(1), scores(world_size)
+
+    assert alone.keys() == shared.keys() == {"exact", "memory_off", "own_memory", "other_memory"}
+    for name, found in alone.items():
+        assert shared[name].tokens == found.tokens
+        assert shared[name].nats == pytest.approx(found.nats, rel=1e-6)
+
+
 def validate(training: StreamingModule, batches: list[dict[str, Tensor]]) -> dict[str, float]:
     logged: dict[str, float] = {}
     training.log_dict = lambda values: logged.update({name: float(value) for name, value in values.items()})  # type: ignore
@@ -189,7 +254,7 @@ def validate(training: StreamingModule, batches: list[dict[str, Tensor]]) -> dic
     return logged
 
 
-def test_another_texts_memory_is_that_of_the_next_lane():
+def test_another_texts_memory_is_that_of_the_lane_beside_it():
     """Two lanes with one text: what the other wrote is what the own is. A segment is a block, so none is written inside one."""
     training = module(f"layers.segment_length={BLOCK}")
     batches = lanes((True, True), (False, False), (False, False), seed=6)
@@ -197,8 +262,8 @@ def test_another_texts_memory_is_that_of_the_next_lane():
 
     different, same = validate(training, batches), validate(training, twins)
 
-    assert same["val/loss_other_memory"] == pytest.approx(same["val/loss"], rel=1e-6)
-    assert different["val/loss_other_memory"] != pytest.approx(different["val/loss"], rel=1e-4)
+    assert same["val/loss_other_memory"] == pytest.approx(same["val/loss_own_memory"], rel=1e-6)
+    assert different["val/loss_other_memory"] != pytest.approx(different["val/loss_own_memory"], rel=1e-4)
 
 
 def test_one_lane_has_no_other_text_and_no_memory_nothing_to_turn_off():
@@ -206,7 +271,7 @@ def test_one_lane_has_no_other_text_and_no_memory_nothing_to_turn_off():
     without = validate(module("layers.window=4", layers="pythia"), lanes((True, True), (False, False)))
 
     assert {"val/loss", "val/loss_memory_off"} <= alone.keys()
-    assert not {"val/loss_other_memory"} & alone.keys()
+    assert not {"val/loss_other_memory", "val/loss_own_memory", "val/other_memory_share"} & alone.keys()
     assert not {"val/loss_memory_off", "val/loss_other_memory"} & without.keys()
 
 

@@ -32,14 +32,16 @@ class SpeedMeter:
     """Counts tokens and seconds of training steps; validation, checkpoints and samples are not training time.
 
     Attributes:
-        fetch: the timer of the data, None where another profiler is in use and the wait is unknown.
+        fetch: the timer of the data, None where another profiler is in use: what was waited is unknown then and counts nowhere.
         tokens: tokens of the steps counted so far.
+        waited: seconds that these steps waited for their data.
         seconds: duration of these steps, waiting for data included.
     """
 
     def __init__(self, fetch: FetchTimer | None) -> None:
         self.fetch = fetch
         self.tokens = 0
+        self.waited = 0.0
         self.seconds = 0.0
         self._step_start = perf_counter()
         self._mark = (0, 0.0, 0.0)
@@ -50,7 +52,10 @@ class SpeedMeter:
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
     def begin_step(self) -> None:
-        """Start the clock of a step whose batch has arrived."""
+        """Start the clock of a step whose batch has arrived; what was waited for it belongs to the step."""
+        if self.fetch is not None:
+            self.seconds += self.fetch.seconds - self.waited
+            self.waited = self.fetch.seconds
         self._step_start = perf_counter()
 
     def end_step(self, tokens: int) -> None:
@@ -60,11 +65,10 @@ class SpeedMeter:
 
     def read(self) -> dict[str, float]:
         """Return the speeds since the last reading."""
-        waited = 0.0 if self.fetch is None else self.fetch.seconds
-        tokens, seconds, wait = self.tokens - self._mark[0], self.seconds - self._mark[1], waited - self._mark[2]
-        self._mark = (self.tokens, self.seconds, waited)
-        duration = max(seconds + wait, 1e-9)
+        tokens, seconds, waited = self.tokens - self._mark[0], self.seconds - self._mark[1], self.waited - self._mark[2]
+        self._mark = (self.tokens, self.seconds, self.waited)
+        duration = max(seconds, 1e-9)
         speeds = {"speed/tokens_per_second": tokens / duration}
         if self.fetch is not None:
-            speeds["speed/data_wait_share"] = wait / duration
+            speeds["speed/data_wait_share"] = waited / duration
         return speeds

@@ -158,9 +158,11 @@ def test_slow_data_shows_as_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(tiny_run.Blocks, "__getitem__", slow_fetch)
 
-    train(tmp_path, max_steps=2, validate_every_batches=100)
+    telemetry = train(tmp_path, max_steps=2, validate_every_batches=100)
 
-    assert read_metrics(tmp_path)[0]["speed/data_wait_share"] > 0.5
+    (line,) = read_metrics(tmp_path)
+    assert line["speed/data_wait_share"] > 0.5
+    assert line["speed/tokens_per_second"] == telemetry.tokens_per_second < STEP_TOKENS / (BATCH * 0.05)
 
 
 def test_record_adds_to_the_last_line(tmp_path: Path) -> None:

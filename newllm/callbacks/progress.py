@@ -6,6 +6,7 @@ from typing import Any, TextIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from newllm.callbacks.loop import has_stepped
+from newllm.data.prepared import count_tokens_read
 
 
 def _clock(seconds: float) -> str:
@@ -39,7 +40,7 @@ class Progress(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._tokens += batch["input_ids"].numel() * trainer.world_size
+        self._tokens += count_tokens_read(batch) * trainer.world_size
         if not trainer.is_global_zero or not has_stepped(trainer):
             return
         if perf_counter() - self._mark[0] >= self.period or trainer.global_step == trainer.max_steps:

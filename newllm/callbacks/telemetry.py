@@ -13,6 +13,7 @@ from newllm.callbacks.logger import Logger
 from newllm.callbacks.loop import has_stepped, is_training_validation
 from newllm.callbacks.peak import peak_flops
 from newllm.callbacks.speed import FetchTimer, SpeedMeter
+from newllm.data.prepared import count_tokens_read
 from newllm.run_record import append_metrics, keep_metrics, read_metrics
 
 Line = dict[str, float | Tensor]
@@ -42,7 +43,7 @@ class Telemetry(Callback):
         precision: Lightning's precision flag, which decides the device's peak.
 
     Attributes:
-        tokens: input tokens seen since the run began, over all devices and sessions.
+        tokens: input tokens seen since the run began, padding left out, over all devices and sessions.
         last: newest value of every metric.
     """
 
@@ -105,7 +106,7 @@ class Telemetry(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step, tokens = trainer.global_step, batch["input_ids"].numel()
+        step, tokens = trainer.global_step, count_tokens_read(batch)
         self._uncounted += tokens
         is_due = has_stepped(trainer) and (step % self.log_every_steps == 0 or step == trainer.max_steps)
         if is_due and pl_module.device.type == "cuda":

@@ -60,7 +60,8 @@ class TextBlocks:
         """Return the batch of these blocks.
 
         Returns:
-            input_ids, labels [B, T], sample_id [B], int64; starts_text [B, T], True where an input begins a text.
+            input_ids, labels [B, T], sample_id [B], int64; starts_text [B, T], True where an input begins a text; is_padding
+            [B, T], True behind the last input of a text.
         """
         ids_B = np.asarray(sample_ids, dtype=np.int64)
         texts_B = np.searchsorted(self.first_block, ids_B, side="right") - 1
@@ -75,6 +76,7 @@ class TextBlocks:
             "labels": torch.from_numpy(np.where(is_text, tokens, NO_TARGET)[:, 1:].copy()),
             "sample_id": torch.from_numpy(ids_B.copy()),
             "starts_text": torch.from_numpy(starts_text),
+            "is_padding": torch.from_numpy(~is_text[:, 1:]),  # EOS that ends a text is no input with a target
         }
 
     def first_tokens(self) -> np.ndarray:

@@ -13,7 +13,19 @@ if TYPE_CHECKING:
     from newllm.data.streamed_blocks import TextStream
 
 Batch = dict[str, Tensor]
-"""input_ids [B, T], labels [B, T] (-100: no target), sample_id [B] (all int64), starts_text [B, T] (bool)."""
+"""input_ids [B, T], labels [B, T] (-100: no target), sample_id [B] (all int64), starts_text [B, T] (bool).
+
+Where texts are cut from their own beginnings also is_padding [B, T] (bool): what fills a block behind the end of its text.
+"""
+
+
+def count_tokens_read(batch: Batch) -> int:
+    """Return how many input tokens of a batch are text; padding is none, a prompt that is no target is some.
+
+    It waits for the device if is_padding lies there: trainers that read such batches leave it on the host.
+    """
+    is_padding = batch.get("is_padding")
+    return batch["input_ids"].numel() - (0 if is_padding is None else int(is_padding.sum()))
 
 
 class Samples(Protocol):

@@ -98,8 +98,10 @@ class StreamingModule(TrainingModule):
         return begin(self.model, kept, batch)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        # Where texts begin decides which rows are emptied: to ask the device for it would wait for all work on it.
-        return {**super().transfer_batch_to_device(batch, device, dataloader_idx), "starts_text": batch["starts_text"]}
+        # Where texts begin decides which rows are emptied, where they end what is counted: to ask the device would wait for all
+        # work on it.
+        on_host = {name: batch[name] for name in ("starts_text", "is_padding")}
+        return {**super().transfer_batch_to_device(batch, device, dataloader_idx), **on_host}
 
     def states(self, batch: Batch) -> Tensor:
         """Return the hidden states of the next block of every lane, and keep the state after it."""

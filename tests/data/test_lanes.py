@@ -9,6 +9,7 @@ from small_texts import BYTES, delay_config, jsonl_config, write_jsonl
 from newllm.data.lanes import NO_TARGET, LaneBatches, TextBlocks, lane_groups, lanes_beside, plan_lanes
 from newllm.data.loader import PositionLoader
 from newllm.data.module import TextDataModule
+from newllm.data.prepared import count_tokens_read
 
 EOS = 0
 # texts of 5, 2 and 7 targets, one that is empty, and one cut short before its EOS
@@ -45,7 +46,8 @@ def test_texts_are_cut_from_their_own_beginning_and_padding_is_no_target():
     assert batch["labels"].tolist() == labels
     assert batch["starts_text"][:, 0].tolist() == [True, False, True, True, False, False, True]
     assert not batch["starts_text"][:, 1:].any()
-    assert blocks.num_targets == int((batch["labels"] != NO_TARGET).sum()) == 15
+    assert batch["is_padding"].tolist() == [[label == NO_TARGET for label in row] for row in labels]
+    assert blocks.num_targets == count_tokens_read(batch) == int((batch["labels"] != NO_TARGET).sum()) == 15
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -16,7 +16,7 @@ from small_texts import BYTES
 
 from newllm.config.compose import examine
 from newllm.data.mqar import draw_gaps
-from newllm.data.prepared import PreparedData
+from newllm.data.prepared import PreparedData, count_tokens_read
 from newllm.data.recall import NO_SLICE, NO_TARGET, Axis, Rows, distinct, doubling, other_ids, slices_of
 from newllm.data.state_tracking import product_table
 
@@ -171,6 +171,7 @@ def test_batches_name_the_slice_of_every_target_and_of_nothing_else(make: Callab
     assert batch["sample_id"].tolist() == [3, 0]
     assert batch["starts_text"].sum(1).tolist() == [1, 1]
     assert batch["starts_text"][:, 0].all()
+    assert count_tokens_read(batch) == batch["input_ids"].numel()  # targets or not, all are read
     assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "labels", "slice", "sample_id"))
     assert batch["input_ids"].shape == batch["labels"].shape == batch["slice"].shape
 

@@ -89,6 +89,15 @@ def test_interval_resamples_texts_and_never_tokens():
     assert (apart["worth"], apart["worth_low"], apart["worth_high"]) == (0.5, 0.0, 1.0)
 
 
+def test_tokens_seen_are_those_of_the_texts_without_what_fills_their_last_blocks(tmp_path: Path):
+    train(tmp_path, "model=pythia", "trainer=streaming", "trainer.max_steps=44", "trainer.validate_every_steps=44")
+
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    of_one_epoch = facts["data"]["splits"]["train"]["targets"]
+    assert facts["data"]["splits"]["train"]["blocks"] == 2 * 44  # both lanes are read to their ends
+    assert facts["tokens"] == of_one_epoch < 2 * 44 * 16
+
+
 def test_measured_numbers_are_those_the_run_logged(streamed: Path):
     logged = json.loads((streamed / "run.json").read_text())["metrics"]
     reproduced = json.loads((streamed / "evaluation.json").read_text())["reproduced"]

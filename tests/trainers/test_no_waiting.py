@@ -23,6 +23,7 @@ VOCABULARY, ROWS, LENGTH = 64, 3, 20
 HOST = (
     "sample_id",
     "starts_text",
+    "is_padding",
     "position",
 )  # parts of a batch that stay on the host where the procedure reads them there
 PROCEDURES = {
@@ -53,7 +54,13 @@ def prepared(overrides: list[str], folder: Path, device: str = "cpu") -> tuple[T
     labels[:, -1] = -100
     starts = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
     starts[:, 0] = True
-    batch = {"input_ids": ids, "labels": labels, "sample_id": torch.arange(ROWS), "starts_text": starts}
+    batch = {
+        "input_ids": ids,
+        "labels": labels,
+        "sample_id": torch.arange(ROWS),
+        "starts_text": starts,
+        "is_padding": labels == -100,
+    }
     return module, module.configure_optimizers()["optimizer"], batch
 
 

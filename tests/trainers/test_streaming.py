@@ -54,7 +54,8 @@ def lanes(*starts: tuple[bool, ...], seed: int = 0) -> list[dict[str, Tensor]]:
         tokens = torch.randint(VOCABULARY, (len(rows), BLOCK + 1), generator=generator)
         starts_text = torch.zeros(len(rows), BLOCK, dtype=torch.bool)
         starts_text[:, 0] = torch.tensor(rows)
-        found.append({"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "starts_text": starts_text})
+        marks = {"starts_text": starts_text, "is_padding": torch.zeros_like(starts_text)}
+        found.append({"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], **marks})
     return found
 
 

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAverag
 
 from newllm import ranks
 from newllm.callbacks.checkpoints import Checkpoints
+from newllm.callbacks.clock import Clock
 from newllm.callbacks.eager_validation import EagerValidation
 from newllm.callbacks.logger import Logger
 from newllm.callbacks.loggers import build_loggers
@@ -76,13 +77,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Session:
-    """The callbacks that know afterwards what happened."""
+    """The callbacks that know afterwards what happened; the clock is that of the rank that leaves the record."""
 
     telemetry: Telemetry
     monitor: Monitor | None
     checkpoints: Checkpoints
     stop: StopOnSignal
     stop_at: StopAtStep | None
+    clock: Clock | None
     loggers: list[Logger]
 
 
@@ -134,7 +136,7 @@ def _followed(prepared: Prepared) -> None:
     """Train as one of the ranks that leave no record; rank 0 tells what comes of it."""
     try:
         require_passed(_preflight(prepared))
-        _fit(prepared, _session(prepared))
+        _fit(prepared, _session(prepared, clock=None))
     except GuardFailure:
         raise SystemExit(1) from None
 
@@ -264,7 +266,7 @@ def _train_and_record(prepared: Prepared, record: RunRecord, started: float) -> 
     if not _has_first_run(prepared, record.facts["overrides"]):
         _record_end(record, SystemExit(0), wall_seconds=time.monotonic() - started)
         return None
-    session = _session(prepared)
+    session = _session(prepared, clock=Clock(record, started))
     try:
         _fit(prepared, session)
     finally:
@@ -321,7 +323,7 @@ def _preflight(prepared: Prepared) -> list[Verdict]:
     )
 
 
-def _session(prepared: Prepared) -> Session:
+def _session(prepared: Prepared, *, clock: Clock | None) -> Session:
     config, folder = prepared.config, prepared.folder
     loggers = build_loggers(config.logger, folder, plain(config))
     telemetry = Telemetry(
@@ -342,7 +344,7 @@ def _session(prepared: Prepared) -> Session:
         folder / "checkpoints", every_steps=config.trainer.checkpoint_every_steps, monitor=prepared.module.monitor
     )
     stop_at = None if config.stop_at_step is None else StopAtStep(config.stop_at_step)
-    return Session(telemetry, monitor, checkpoints, StopOnSignal(), stop_at, loggers)
+    return Session(telemetry, monitor, checkpoints, StopOnSignal(), stop_at, clock, loggers)
 
 
 def _callbacks(prepared: Prepared, session: Session) -> list[Callback]:
@@ -359,6 +361,7 @@ def _callbacks(prepared: Prepared, session: Session) -> list[Callback]:
         EagerValidation() if config.runtime.compile else None,
         session.stop,
         session.stop_at,
+        session.clock,
     ]
     if config.trainer.ema_decay is not None:
         found.append(EMAWeightAveraging(decay=config.trainer.ema_decay))

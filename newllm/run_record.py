@@ -45,7 +45,7 @@ class RunRecord:
     """Writes the record of one run; every file is replaced whole, so a reader never sees half of one.
 
     A run that was interrupted goes on in the same folder: each stretch is one entry of `sessions` in run.json, and the
-    first config.yaml and start time stay.
+    first config.yaml and start time stay. A session that was killed lasted until its last checkpoint, as far as is known.
 
     Args:
         folder: the run folder; created if missing.
@@ -93,6 +93,11 @@ class RunRecord:
         self.facts = {**self.facts, **facts}
         self._write()
 
+    def has_lasted(self, wall_seconds: float) -> None:
+        """Note how long the session has lasted so far: what is known of it should it be killed."""
+        sessions = self.facts["sessions"]
+        self.update(sessions=[*sessions[:-1], {**sessions[-1], "wall_seconds": wall_seconds}])
+
     def finish(
         self,
         *,
@@ -111,7 +116,7 @@ class RunRecord:
             exit_reason: why it ended, in words.
             tokens: tokens seen by the run, all sessions together.
             tokens_per_second: mean training speed of this session.
-            wall_seconds: duration of this session; run.json adds up the sessions.
+            wall_seconds: duration of this session; run.json adds up the sessions, and holds null where a killed one never said.
             metrics: last value of every metric.
             best_metrics: best value of every metric.
         """
@@ -135,7 +140,8 @@ class RunRecord:
         end = {"status": status, "exit_reason": exit_reason, "finished": _now(), "wall_seconds": wall_seconds}
         sessions = self.facts.get("sessions", [{}])
         sessions = [*sessions[:-1], {**sessions[-1], **end}]
-        total = sum(session.get("wall_seconds") or 0.0 for session in sessions)
+        durations = [session.get("wall_seconds") for session in sessions]
+        total = None if None in durations else sum(durations)
         memory = {f"peak_{where}_bytes": size for where, size in peak_memory().items()}
         self.facts = {**self.facts, **end, "wall_seconds": total, **memory, "sessions": sessions}
 

@@ -1,6 +1,9 @@
 """What a run does from beginning to end, seen from its folder."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,6 +60,38 @@ def test_the_last_step_is_validated_even_off_the_interval(tmp_path: Path):
     train(tmp_path / "run", "trainer=lct", "trainer.max_steps=5")
 
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "val/loss" in line] == [2, 4, 5]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from newllm.callbacks.checkpoints import Checkpoints
+from newllm.config.compose import compose
+from newllm.run import run_training
+
+save = Checkpoints._save_last
+def save_and_die(*args):
+    save(*args)
+    os.kill(os.getpid(), signal.SIGKILL)
+Checkpoints._save_last = save_and_die
+given = sys.argv[2:]
+run_training(compose(given), Path(sys.argv[1]), given)
+"""
+
+
+def test_the_time_of_a_killed_session_counts_up_to_its_last_checkpoint(tmp_path: Path):
+    folder = tmp_path / "run"
+    given = [*PROBE, f"data.cache_dir={tmp_path / 'cache'}", "trainer=lct"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder), *given], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+    train(folder, "trainer=lct", f"resume={folder}")
+
+    facts = read_run(folder).facts
+    first, second = facts["sessions"]
+    assert [session["status"] for session in facts["sessions"]] == ["killed", "finished"]
+    assert first["wall_seconds"] > 0
+    assert facts["wall_seconds"] == first["wall_seconds"] + second["wall_seconds"]
 
 
 def test_early_stopping_keeps_the_best_weights_and_says_so(tmp_path: Path):

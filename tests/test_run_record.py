@@ -115,6 +115,30 @@ def test_resumed_run_adds_a_session_and_keeps_the_first_start(tmp_path: Path) ->
     assert run.facts["wall_seconds"] == 7.0
 
 
+def test_a_killed_session_counts_as_long_as_it_is_known_to_have_lasted(tmp_path: Path) -> None:
+    killed = RunRecord(tmp_path)
+    killed.begin(**FACTS)
+    killed.has_lasted(14.0)
+
+    second = RunRecord(tmp_path)
+    second.begin(**FACTS)
+    second.finish(status="finished", exit_reason="max_steps reached", wall_seconds=4.0, **END)
+
+    facts = read_run(tmp_path).facts
+    assert [session["wall_seconds"] for session in facts["sessions"]] == [14.0, 4.0]
+    assert facts["wall_seconds"] == 18.0
+
+
+def test_the_time_of_a_run_is_unknown_where_that_of_a_killed_session_is(tmp_path: Path) -> None:
+    RunRecord(tmp_path).begin(**FACTS)
+
+    second = RunRecord(tmp_path)
+    second.begin(**FACTS)
+    second.finish(status="finished", exit_reason="max_steps reached", wall_seconds=4.0, **END)
+
+    assert read_run(tmp_path).facts["wall_seconds"] is None
+
+
 def test_killed_session_is_told_apart_and_markers_go_when_a_run_goes_on(tmp_path: Path) -> None:
     RunRecord(tmp_path).begin(**FACTS)
     (tmp_path / "FAILED").write_text("an earlier error")

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from newllm.config.typed import flat, is_run_independent
@@ -21,7 +22,8 @@ FACTS: dict[str, type | tuple[type, ...]] = {
     "metrics": dict,
     "best_metrics": dict,
     **dict.fromkeys(("parameters", "flops_per_token", "state_bytes", "tokens"), (int, float, dict)),
-    **dict.fromkeys(("tokens_per_second", "wall_seconds"), (int, float)),
+    "tokens_per_second": (int, float),
+    "wall_seconds": (int, float, NoneType),
 }
 
 

@@ -77,13 +77,19 @@ def result_table(groups: Sequence[Group], metric: str, *, beside: Sequence[str] 
 def cost_table(groups: Sequence[Group]) -> Table:
     """One row per configuration: what it cost."""
     costs = [(name, title) for name, title in COSTS if any(group.facts(name) for group in groups)]
-    paid = [[number(fmean(facts)) if (facts := group.facts(name)) else NONE for name, _ in costs] for group in groups]
+    paid = [[_mean_of_all(group, name) for name, _ in costs] for group in groups]
     rows = [[group.letter, group.label, *cells] for group, cells in zip(groups, paid, strict=True)]
     note = (
-        "Means over finished runs. FLOPs of one forward pass per emitted token, all its steps; state bytes per text after a block of "
-        "the training length."
+        f"Means over finished runs, {NONE} where one does not know. FLOPs of one forward pass per emitted token, all its steps; "
+        "state bytes per text after a block of the training length."
     )
     return Table("Costs", ["", "configuration", *(title for _, title in costs)], rows, note, frozenset((0, 1)))
+
+
+def _mean_of_all(group: Group, name: str) -> str:
+    """The mean of a fact over all finished runs; none over those that happen to know it."""
+    facts = group.facts(name)
+    return number(fmean(facts)) if facts and len(facts) == len(group.by_seed) else NONE
 
 
 def beside_each_other(left: Table, right: Table) -> Table:

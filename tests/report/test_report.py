@@ -15,7 +15,7 @@ from newllm.report.collect import collect
 from newllm.report.groups import Group, group_runs
 from newllm.report.pictures import pareto_front
 from newllm.report.statistics import interval, mean_and_deviation, paired_difference
-from newllm.report.tables import difference_table, guard_table, result_table, runs_table, settings_table
+from newllm.report.tables import cost_table, difference_table, guard_table, result_table, runs_table, settings_table
 
 
 def groups_of(folder: Path, metric: str = "val/loss") -> list[Group]:
@@ -113,6 +113,17 @@ def test_settings_table_shows_only_what_differs(tmp_path: Path) -> None:
 
     assert [*table.columns] == ["", "model.kind", "model.banks"]
     assert table.rows == [["A", "infini", "2"], ["B", "pythia", "-"]]
+
+
+def test_a_cost_that_one_run_does_not_know_is_no_mean_of_the_others(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", seed=1, wall_seconds=None)
+
+    runs, unreadable = collect([tmp_path])
+    table = cost_table(group_runs(runs, "val/loss"))
+
+    assert unreadable == []
+    assert (table.rows[0][table.columns.index("wall seconds")], table.rows[0][2]) == ("-", "1,200")
 
 
 def test_guards_are_shown_where_they_had_something_to_say(tmp_path: Path) -> None:

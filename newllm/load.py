@@ -33,6 +33,7 @@ class LoadedRun:
         metrics: what the run logged at the checkpoint's step, by metric name; empty where it did not validate there.
         facts: contents of run.json.
         step: optimizer steps behind the weights.
+        checkpoint: which of the run's weights they are.
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class LoadedRun:
     metrics: dict[str, float]
     facts: dict[str, Any]
     step: int
+    checkpoint: CheckpointName
 
     @cached_property
     def data(self) -> TextDataModule:
@@ -136,4 +138,4 @@ def load_run(folder: str | Path, checkpoint: CheckpointName = "best") -> LoadedR
     model.load_state_dict(weights)
     step = contents["global_step"]
     metrics = next((line for line in reversed(read_metrics(folder)) if line["step"] == step and "val/loss" in line), {})
-    return LoadedRun(record.folder, config, model.eval(), metrics, record.facts, step)
+    return LoadedRun(record.folder, config, model.eval(), metrics, record.facts, step, checkpoint)

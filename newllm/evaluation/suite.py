@@ -21,17 +21,18 @@ from newllm.load import LoadedRun, load_run
 from newllm.models.base import LanguageModel
 from newllm.whole_file import write_whole
 
+OF_THE_RUN = ("best", "validation")  # what evaluation.json is of: reports compare runs by it
 REPRODUCED = ("val/loss", "val/perplexity", "val/bits_per_byte", "val/accuracy")
 SHOWN_ENTRIES = 8  # of a list on the terminal
 
 
 def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
-    """Measure a finished run, print the table and write evaluation.json into its folder.
+    """Measure a finished run, print the table and write the results into its folder.
 
     Args:
         config: which run, checkpoint, split and measurements.
     Returns:
-        What evaluation.json holds.
+        What the file holds, as `run_suite` tells.
     Raises:
         SystemExit: 2 if the folder, its checkpoint or a measurement's options are refused.
     """
@@ -67,7 +68,9 @@ def run_suite(
     batch_size: int | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Return what every measurement found, and write it to evaluation.json.
+    """Return what every measurement found, and write it to a file of its own for each kind of weights and split.
+
+    evaluation.json is of the best weights on validation text; of others it is evaluation_<checkpoint>_<split>.json.
 
     Args:
         run: the run, loaded from its folder.
@@ -79,15 +82,25 @@ def run_suite(
     run.model.to("cuda" if device == "gpu" else device)
     precision = run.config.runtime.precision
     material = Material.of(run, split=split, batch_size=batch_size)
-    results: dict[str, Any] = {"step": run.step, "split": split, "precision": precision}
+    results: dict[str, Any] = {
+        "step": run.step,
+        "checkpoint": run.checkpoint,
+        "split": split,
+        "precision": precision,
+    }
     with computing_in(precision, run.model):
         for name, options in evaluations.items():
             measure = importlib.import_module(f"newllm.evaluation.{options.kind}").measure
             results[name] = measure(material, options)
     if split == "validation" and "perplexity" in results:
         results["reproduced"] = _reproduced(run, results["perplexity"])
-    write_whole(run.folder / "evaluation.json", json.dumps(_plain(results), indent=2, allow_nan=False) + "\n")
+    write_whole(run.folder / _file_name(results), json.dumps(_plain(results), indent=2, allow_nan=False) + "\n")
     return results
+
+
+def _file_name(results: Mapping[str, Any]) -> str:
+    measured = (results["checkpoint"], results["split"])
+    return "evaluation.json" if measured == OF_THE_RUN else f"evaluation_{'_'.join(measured)}.json"
 
 
 def computing_in(precision: str, model: LanguageModel) -> AbstractContextManager:
@@ -103,7 +116,7 @@ def table(results: Mapping[str, Any]) -> str:
     for name, value in _leaves(results):
         shown = f"{value:.6g}" if isinstance(value, float) else str(value)
         if isinstance(value, list) and len(value) > SHOWN_ENTRIES:
-            shown = f"{len(value)} entries, see evaluation.json"
+            shown = f"{len(value)} entries, see {_file_name(results)}"
         lines.append(f"{name:<44} {shown}")
     return "\n".join(lines)
 

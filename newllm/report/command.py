@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from newllm.report.collect import RunCurves, collect
+from newllm.report.evaluated import with_measurement
 from newllm.report.style import save_png
 from newllm.report.tables import Table, as_text
 
@@ -35,6 +36,14 @@ def readable_runs(folders: Iterable[Path]) -> list[RunCurves]:
     for item in unreadable:
         print(f"not readable: {item.folder}: {item.reason}", file=sys.stderr)
     return runs
+
+
+def measured_runs(runs: Sequence[RunCurves], name: str) -> list[RunCurves]:
+    """Return the finished runs in which something was measured; those left out are named on stderr, each with what to do."""
+    measured, left_out = with_measurement(runs, name)
+    for item in left_out:
+        print(f"left out: {item.folder}: {item.reason}", file=sys.stderr)
+    return measured
 
 
 def refuse(runs: Sequence[RunCurves], lacking: str, allowed: str) -> int:

@@ -1,6 +1,5 @@
 """`python -m newllm.report.halting <folders>`: loss against mean steps per token of learned halting, beside fixed steps."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from newllm.report.collect import RunCurves
-from newllm.report.command import keep, parser_of, readable_runs, refuse, show
+from newllm.report.command import keep, measured_runs, parser_of, readable_runs, refuse, show
+from newllm.report.evaluated import evaluation_of, with_measurement
 from newllm.report.groups import Group, group_runs
 from newllm.report.statistics import Difference, mean_and_deviation, paired_difference
 from newllm.report.style import COLOURS, INK, new_figure, styled, tidy
@@ -68,9 +68,8 @@ class Frontier:
 
 def frontiers_of(runs: Sequence[RunCurves]) -> list[Frontier]:
     """Return every configuration whose halting was measured, each with the fixed steps among the runs."""
-    measured = [run for run in runs if run.status == "finished" and "halting" in _evaluated(run)]
-    fixed = [run for run in runs if run.status == "finished" and run.settings.get("model.halting") == "fixed"]
-    fixed = [run for run in fixed if "perplexity" in _evaluated(run)]
+    measured = with_measurement(runs, "halting")[0]
+    fixed = with_measurement([run for run in runs if _is_fixed(run)], "perplexity")[0]
     return [_frontier(group, fixed) for group in group_runs(measured, "val/loss")]
 
 
@@ -120,7 +119,7 @@ def draw_halting(frontiers: Sequence[Frontier]) -> Figure:
 
 def _frontier(group: Group, fixed: Sequence[RunCurves]) -> Frontier:
     runs = group.by_seed
-    measured = {seed: _evaluated(run)["halting"] for seed, run in runs.items()}
+    measured = {seed: evaluation_of(run)["halting"] for seed, run in runs.items()}
     by_seed = {seed: {line["quantile"]: line for line in found["by_threshold"]} for seed, found in measured.items()}
     flops = fmean(group.facts("flops_per_token"))
     points: list[Point] = []
@@ -142,8 +141,12 @@ def _point(rule: str, lines: Mapping[int, Mapping[str, float]], flops: float) ->
 
 def _fixed_point(group: Group) -> Point:
     steps = group.runs[0].settings["model.skip_interval"]
-    losses = {seed: _evaluated(run)["perplexity"]["loss"] for seed, run in group.by_seed.items()}
+    losses = {seed: evaluation_of(run)["perplexity"]["loss"] for seed, run in group.by_seed.items()}
     return Point(f"at step {steps}", dict.fromkeys(losses, float(steps)), losses, fmean(group.facts("flops_per_token")))
+
+
+def _is_fixed(run: RunCurves) -> bool:
+    return bool(run.settings.get("model.halting") == "fixed")
 
 
 def _shared_settings(run: RunCurves) -> dict[str, Any]:
@@ -152,12 +155,6 @@ def _shared_settings(run: RunCurves) -> dict[str, Any]:
         for key, value in run.settings.items()
         if not any(key == own or key.startswith(f"{own}.") for own in OWN)
     }
-
-
-def _evaluated(run: RunCurves) -> dict[str, Any]:
-    """What the run's evaluation.json holds; nothing where there is none."""
-    file = run.run.folder / "evaluation.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def _on_line(fixed: Sequence[Point], seed: int, steps: float) -> float | None:
@@ -191,7 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when table and picture are made, 2 when there is nothing to tell."""
     given = parser_of("halting", __doc__, picture="halting.png").parse_args(arguments)
     runs = readable_runs(given.folders)
-    frontiers = frontiers_of(runs)
+    fixed = [run for run in runs if _is_fixed(run)]
+    learned = [run for run in runs if not _is_fixed(run)]
+    frontiers = frontiers_of([*measured_runs(learned, "halting"), *measured_runs(fixed, "perplexity")])
     if not frontiers:
         measure = "python evaluate.py run=<folder> evaluation=[halting]"
         return refuse(runs, "has finished with evaluation=[halting]", f"at least one. Wait, or measure: {measure}.")

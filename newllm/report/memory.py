@@ -7,7 +7,7 @@ from math import exp
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from newllm.report.command import keep, parser_of, readable_runs, refuse, show
+from newllm.report.command import keep, measured_runs, parser_of, readable_runs, refuse, show
 from newllm.report.segments import Corpus, Reader, Segments, corpora_of
 from newllm.report.style import COLOURS, FAINT, new_figure, styled, tidy
 from newllm.report.tables import NONE, Table, number, spread
@@ -128,7 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when the picture is written, 2 when there is nothing to tell."""
     given = parser_of("memory", __doc__, picture="memory_by_segment.png").parse_args(arguments)
     runs = readable_runs(given.folders)
-    corpora = corpora_of(runs)
+    try:
+        corpora = corpora_of(measured_runs(runs, "memory"))
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     if not corpora:
         measure = "python evaluate.py run=<folder> evaluation=[memory]"
         return refuse(runs, "has finished with evaluation=[memory]", f"at least one. Wait, or measure: {measure}.")

@@ -1,17 +1,16 @@
 """Recall probes, read from run folders: of each kind of memory, at each size of state, the setting that counts, and its answers."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from newllm.report.collect import RunCurves
+from newllm.report.evaluated import evaluation_of, with_measurement
 from newllm.report.groups import Group, group_runs, memory_kernel, memory_name, stack_name
 from newllm.report.statistics import Difference, paired_difference
-from newllm.run_record import Run
 
-METRIC = "val/accuracy"
+METRIC = "val/accuracy"  # as training went on; decides the order of groups, no figure
 PAPER = "elu"  # the kernel that others are measured against
 EQUAL_BYTES = 0.05  # of the paper's state: centred keeps a vector and a count more
 READINGS = ("accuracy", "memory_off", "other_memory", "outdated_share")
@@ -73,8 +72,8 @@ class Memory:
 
     @property
     def accuracies(self) -> dict[int, float]:
-        """Share of targets answered right at the end of training, by seed."""
-        return self.group.values(METRIC)
+        """Share of targets answered right by the best weights, by seed."""
+        return _accuracies(self.group)
 
     def knocked_out(self, reading: str) -> list[float]:
         """Return the accuracy without memory (memory_off) or with another text's (other_memory), of each seed measured."""
@@ -87,7 +86,7 @@ class Memory:
         return [_slice(bucket, [entries[bucket] for entries in seeds]) for bucket in shared]
 
     def _measured(self) -> list[dict[str, Any]]:
-        return [found for run in self.group.by_seed.values() if (found := _recall_of(run.run)) is not None]
+        return [_recall_of(run) for run in self.group.by_seed.values()]
 
 
 @dataclass(frozen=True)
@@ -122,13 +121,13 @@ class Probe:
 
 
 def probes_of(runs: Sequence[RunCurves]) -> list[Probe]:
-    """Return what has been asked, by data.
+    """Return what has been asked, by data; all figures of a run are of one evaluation.
 
     Args:
-        runs: finished ones with an accuracy and a size of state count; others are left out.
+        runs: finished ones with evaluation=[recall] and a size of state count; others are left out.
     """
     asked: dict[tuple[str, str], list[RunCurves]] = {}
-    for run in runs:
+    for run in with_measurement(runs, "recall")[0]:
         data = run.run.facts.get("data", {})
         asked.setdefault((str(run.settings.get("data.kind")), str(data.get("fingerprint"))), []).append(run)
     probes = [_probe(name, of_data) for (name, _), of_data in sorted(asked.items())]
@@ -139,7 +138,7 @@ def _probe(name: str, runs: Sequence[RunCurves]) -> Probe:
     bundles: dict[tuple[str, int], list[Group]] = {}
     for group in group_runs(runs, METRIC):
         sizes = group.facts("state_bytes")
-        if group.values(METRIC) and sizes:
+        if sizes:
             bundles.setdefault((memory_name(group.runs[0].settings), round(fmean(sizes))), []).append(group)
     memories = [Memory(_best(groups), size, len(groups)) for (_, size), groups in sorted(bundles.items())]
     chances = [run.run.facts.get("data", {}).get("chance_accuracy") for run in runs]
@@ -148,7 +147,7 @@ def _probe(name: str, runs: Sequence[RunCurves]) -> Probe:
 
 def _best(groups: Sequence[Group]) -> Group:
     """The best on the seeds that all have: a setting tried once cannot win by its one seed's luck. Of equals, the one with most seeds."""
-    values = [group.values(METRIC) for group in groups]
+    values = [_accuracies(group) for group in groups]
     shared = set.intersection(*(set(by_seed) for by_seed in values))
 
     def rank(place: int) -> tuple[float, int]:
@@ -158,9 +157,13 @@ def _best(groups: Sequence[Group]) -> Group:
     return groups[max(range(len(groups)), key=rank)]
 
 
-def _recall_of(run: Run) -> dict[str, Any] | None:
-    path = run.folder / "evaluation.json"
-    return json.loads(path.read_text()).get("recall") if path.exists() else None
+def _accuracies(group: Group) -> dict[int, float]:
+    return {seed: _recall_of(run)["accuracy"] for seed, run in group.by_seed.items()}
+
+
+def _recall_of(run: RunCurves) -> dict[str, Any]:
+    found: dict[str, Any] = evaluation_of(run)["recall"]
+    return found
 
 
 def _buckets(found: dict[str, Any], block_length: int) -> Iterator[tuple[Bucket, dict[str, Any]]]:

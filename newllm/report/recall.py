@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from newllm.report.command import keep, parser_of, readable_runs, refuse, show
-from newllm.report.probes import EQUAL_BYTES, METRIC, PAPER, READINGS, Memory, Probe, probes_of
+from newllm.report.command import keep, measured_runs, parser_of, readable_runs, refuse, show
+from newllm.report.probes import EQUAL_BYTES, PAPER, READINGS, Memory, Probe, probes_of
 from newllm.report.statistics import interval, mean_and_deviation
 from newllm.report.style import COLOURS, FAINT, new_figure, styled, tidy
 from newllm.report.tables import NONE, Table, number
@@ -22,14 +22,14 @@ WORDS = {
 }
 MOST_TICKS = 8
 NOTE = (
-    "Shares of targets, mean over seeds with the 95 % interval of resampled seeds. State bytes of one text after a row. Of several "
-    "settings of one kind of memory at the same bytes, such as learning rates (tried), the one that is best on the seeds they share. "
-    f"minus {PAPER}: against the paper's kernel in the same layers at state bytes within {EQUAL_BYTES:.0%}, paired by seed. "
-    "Guessing: {chance}."
+    "Shares of validation targets that the best weights answer right, mean over seeds with the 95 % interval of resampled seeds. State "
+    "bytes of one text after a row. Of several settings of one kind of memory at the same bytes, such as learning rates (tried), the one "
+    f"that is best on the seeds they share. minus {PAPER}: against the paper's kernel in the same layers at state bytes within "
+    f"{EQUAL_BYTES:.0%}, paired by seed. Guessing: {{chance}}."
 )
 SLICE_NOTE = (
-    "Shares of targets, mean over seeds with the 95 % interval of resampled seeds; targets of one seed. off: nothing is written, an empty "
-    "memory is read. another's: that of another row is read."
+    "Shares of targets, the best weights, mean over seeds with the 95 % interval of resampled seeds; targets of one seed. off: nothing is "
+    "written, an empty memory is read. another's: that of another row is read."
 )
 
 
@@ -60,7 +60,7 @@ def recall_table(probe: Probe) -> Table:
         "another's memory",
     ]
     note = NOTE.format(chance=number(probe.chance))
-    return Table(f"{probe.name}: {METRIC}", [*columns, f"minus {PAPER}"], rows, note, frozenset((0, 1, 3, 5)))
+    return Table(f"{probe.name}: accuracy", [*columns, f"minus {PAPER}"], rows, note, frozenset((0, 1, 3, 5)))
 
 
 def slice_tables(probe: Probe) -> list[Table]:
@@ -131,7 +131,7 @@ def draw_state_vs_recall(probes: Sequence[Probe]) -> Figure:
             axes.xaxis.set_major_formatter(EngFormatter(sep="", places=1))
             axes.minorticks_off()
             axes.set_xlabel("state bytes per text after a row")
-            axes.set_ylabel(f"{METRIC}, share of targets")
+            axes.set_ylabel("accuracy, share of targets")
             axes.set_ylim(-0.02, 1.02)
             axes.legend()
         return figure
@@ -166,9 +166,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when the picture is written, 2 when there is nothing to tell."""
     given = parser_of("recall", __doc__, picture="state_vs_recall.png").parse_args(arguments)
     runs = readable_runs(given.folders)
-    probes = probes_of(runs)
+    probes = probes_of(measured_runs(runs, "recall"))
     if not probes:
-        return refuse(runs, f"has finished with {METRIC}", "at least one. Wait or train again.")
+        measure = "python evaluate.py run=<folder> evaluation=[recall]"
+        return refuse(runs, "has finished with evaluation=[recall]", f"at least one. Wait, or measure: {measure}.")
     show(table for probe in probes for table in (recall_table(probe), *slice_tables(probe)))
     keep(draw_state_vs_recall(probes), given)
     return 0

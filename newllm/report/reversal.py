@@ -1,12 +1,11 @@
 """`python -m newllm.report.reversal <folders>`: what runs on data=reversal know of facts in both directions, over seeds."""
 
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from newllm.report.command import parser_of, readable_runs, refuse
+from newllm.report.command import measured_runs, parser_of, readable_runs, refuse
+from newllm.report.evaluated import evaluation_of
 from newllm.report.groups import Group, group_runs
 from newllm.report.statistics import mean_and_deviation
 
@@ -34,7 +33,7 @@ def table(groups: Sequence[Group]) -> str:
     head = ["configuration", "facts trained", "seeds", *(title for title, _ in COLUMNS), "FLOPs per emitted token"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for group in groups:
-        found = [evaluated for run in group.by_seed.values() if (evaluated := _measured(run.run.folder)) is not None]
+        found = [evaluation_of(run)["reversal"] for run in group.by_seed.values()]
         for side, words in SIDES.items():
             measured = [part[side] for part in found if side in part]
             if measured:
@@ -44,12 +43,6 @@ def table(groups: Sequence[Group]) -> str:
                 cells = [group.label, f"{words} ({measured[0]['facts']})", str(len(measured)), *figures, cost]
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _measured(folder: Path) -> dict[str, Any] | None:
-    """What evaluation.json holds of the reversal; None where it was not measured."""
-    file = folder / "evaluation.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("reversal") if file.is_file() else None
 
 
 def _value(part: dict[str, Any], path: Sequence[str]) -> float | None:
@@ -75,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when the table is printed, 2 when there is nothing to tell."""
     given = parser_of("reversal", __doc__).parse_args(arguments)
     runs = readable_runs(given.folders)
-    measured = [run for run in runs if _measured(run.run.folder) is not None]
+    measured = measured_runs(runs, "reversal")
     if not measured:
         return refuse(runs, "has measured the reversal", "runs with evaluation=[reversal]. Run evaluate.py with it.")
     print(table(group_runs(measured, "val/loss")))

@@ -3,7 +3,6 @@
 N: texts that reach a segment.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from newllm.report.collect import RunCurves
+from newllm.report.evaluated import evaluation_of, with_measurement
 from newllm.report.groups import Group, group_runs, memory_name
 from newllm.report.statistics import weighted_mean
-from newllm.run_record import Run
 
 MODES = ("exact", "memory_off", "own_memory", "other_memory")
 OF_OTHER = ("own_memory", "other_memory")  # of the targets for which another text's memory was read
@@ -114,8 +113,10 @@ def corpora_of(runs: Sequence[RunCurves]) -> list[Corpus]:
 
     Args:
         runs: finished ones whose evaluation.json holds `memory` count; others are left out.
+    Raises:
+        ValueError: runs that differ in their seed only were measured on different texts.
     """
-    measured = [run for run in runs if run.status == "finished" and _memory_of(run.run) is not None]
+    measured = [run for run in with_measurement(runs, "memory")[0] if "by_text" in _memory_of(run)]
     found: dict[tuple[str, str], list[Reader]] = {}
     for group in group_runs(measured, "val/loss"):
         run = group.runs[0]
@@ -124,20 +125,28 @@ def corpora_of(runs: Sequence[RunCurves]) -> list[Corpus]:
     return [Corpus(name, readers) for (name, _), readers in sorted(found.items())]
 
 
-def _memory_of(run: Run) -> dict[str, Any] | None:
-    path = run.folder / "evaluation.json"
-    if not path.exists():
-        return None
-    found = json.loads(path.read_text()).get("memory")
-    return found if found is not None and "by_text" in found else None
+def _memory_of(run: RunCurves) -> dict[str, Any]:
+    found: dict[str, Any] = evaluation_of(run)["memory"]
+    return found
 
 
 def _reader(group: Group) -> Reader:
-    seeds = [found for run in group.by_seed.values() if (found := _memory_of(run.run)) is not None]
+    runs = list(group.by_seed.values())
+    seeds = [_memory_of(run) for run in runs]
     first = seeds[0]
+    for run, found in zip(runs, seeds, strict=True):
+        if _what_was_read(found) != _what_was_read(first):
+            raise ValueError(
+                f"{run.run.folder}: evaluation=[memory] was measured on other texts than in {runs[0].run.folder}. "
+                "Allowed: the same for all seeds. Run evaluate.py on both with the same options."
+            )
     sizes = {name: first[name] for name in ("segment_length", "state_bytes", "memory_bytes")}
     segments = [_segments([seed["by_text"][place] for seed in seeds]) for place in range(len(first["by_text"]))]
     return Reader(group, memory_name(group.runs[0].settings), segments=segments, **sizes)
+
+
+def _what_was_read(found: dict[str, Any]) -> list[tuple[Any, ...]]:
+    return [tuple(part[name] for name in ("segments", "texts", "targets")) for part in found["by_text"]]
 
 
 def _segments(seeds: Sequence[dict[str, Any]]) -> Segments:

@@ -64,6 +64,24 @@ def test_all_measurements_are_printed_and_written(trained, capsys):
     assert out.splitlines()[-1] == f"run: {trained}"
 
 
+def test_other_weights_and_the_test_split_leave_what_reports_compare_as_it_was(trained, capsys):
+    evaluate(trained, "evaluation=[perplexity]")
+    before = (trained / "evaluation.json").read_text()
+    capsys.readouterr()
+
+    for checkpoint, split in (("last", "validation"), ("best", "test"), ("last", "test")):
+        evaluate(
+            trained,
+            *(f"checkpoint={checkpoint}", f"split={split}", "evaluation=[positions]"),
+        )
+        found = json.loads((trained / f"evaluation_{checkpoint}_{split}.json").read_text())
+        assert (found["checkpoint"], found["split"]) == (checkpoint, split)
+
+    of_the_run = json.loads(before)
+    assert (of_the_run["checkpoint"], of_the_run["split"]) == ("best", "validation")
+    assert (trained / "evaluation.json").read_text() == before
+
+
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
 def test_logged_numbers_come_out_again_to_the_last_digit(trained, tmp_path, precision):
     folder = trained if precision == "32-true" else train(tmp_path, f"runtime.precision={precision}")

@@ -1,11 +1,10 @@
 """Loss against mean steps of learned halting, beside fixed steps of the same model."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import write_run
+from made_runs import write_evaluation, write_run
 
 from newllm.report.collect import collect
 from newllm.report.halting import frontiers_of, halting_table, main
@@ -18,7 +17,7 @@ def write(folder: Path, seed: int, found: dict[str, Any], *, steps: int, halting
         "evaluation": {"perplexity": {"kind": "perplexity"}},
     }
     place = write_run(folder, seed=seed, config=config, flops_per_token=1000 * steps)
-    (place / "evaluation.json").write_text(json.dumps(found))
+    write_evaluation(place, found)
 
 
 def learned(*lines: tuple[float, float, float]) -> dict[str, Any]:
@@ -90,6 +89,19 @@ def test_command_prints_the_table_and_draws(runs: Path, capsys: pytest.CaptureFi
     assert "gate above 50% of gates" in printed
     assert "fixed steps" in printed
     assert (runs / "halting.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fixed_steps_measured_on_another_split_are_no_line_to_compare_with(
+    runs: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for seed in (0, 1):
+        write_evaluation(runs / f"fixed_1_{seed}", {"perplexity": {"loss": 3.0}}, split="test")
+
+    assert main([str(runs)]) == 0
+
+    shown = capsys.readouterr()
+    assert "at step 1" not in shown.out
+    assert f"Run: python evaluate.py run={runs / 'fixed_1_0'} evaluation=[perplexity]" in shown.err
 
 
 def test_runs_without_the_measurement_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

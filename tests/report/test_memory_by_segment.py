@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import write_run
+from made_runs import write_evaluation, write_run
 
 from newllm.report.collect import collect
 from newllm.report.memory import draw_segments, main, segment_table
@@ -26,10 +26,10 @@ def write_reader(folder: Path, stack: list[str], nats: dict[str, list[list[float
         for place, (name, texts, targets) in enumerate(shapes)
     ]
     measured = {"by_text": by_text, "segment_length": 4, "state_bytes": 96, "memory_bytes": 32 * (len(nats) > 1)}
-    data = changes.pop("kind", "bible")
+    data, of = changes.pop("kind", "bible"), changes.pop("of", {})
     config = {"layers": {"stack": stack, "memory_kernel": "elu"}, "data": {"kind": data}}
     write_run(folder, seed=changes.pop("seed", 0), config=config, data={"fingerprint": data}, **changes)
-    (folder / "evaluation.json").write_text(json.dumps({"memory": measured}))
+    write_evaluation(folder, {"memory": measured}, **of)
 
 
 @pytest.fixture
@@ -150,6 +150,32 @@ def test_picture_shows_every_reading_and_difference(folder: Path) -> None:
     ]
     assert list(map(float, gain.lines[0].get_ydata())) == pytest.approx([1.0, 0.5])
     assert list(map(float, worth.lines[1].get_ydata())) == pytest.approx([0.1, 0.6])
+
+
+def test_a_seed_measured_on_another_split_is_left_out_by_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nats = {"exact": [[1.0, 3.0], [2.0]], "memory_off": [[1.0, 3.0], [4.0]], "other_memory": [[1.0, 3.0], [3.0]]}
+    write_reader(folder / "f", ["infini", "pythia"], nats, seed=2, of={"split": "test"})
+
+    assert main([str(folder)]) == 0
+
+    shown = capsys.readouterr()
+    assert "0.9000 +- 0.1414" in shown.out
+    assert f"left out: {folder / 'f'}" in shown.err
+    assert f"Run: python evaluate.py run={folder / 'f'} evaluation=[memory]" in shown.err
+
+
+def test_seeds_that_read_different_texts_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "c" / "evaluation.json"
+    found = json.loads(path.read_text())
+    found["memory"]["by_text"] = found["memory"]["by_text"][:1]
+    path.write_text(json.dumps(found))
+
+    assert main([str(folder)]) == 2
+
+    assert (
+        f"{folder / 'c'}: evaluation=[memory] was measured on other texts than in {folder / 'b'}."
+        in capsys.readouterr().err
+    )
 
 
 def test_the_command_writes_the_picture_and_says_what_is_missing(

@@ -1,11 +1,10 @@
 """Accuracy against state bytes and by slice: which setting counts, what stands in the tables and in the picture."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import write_run
+from made_runs import write_evaluation, write_run
 
 from newllm.report.collect import collect
 from newllm.report.groups import memory_name
@@ -20,7 +19,7 @@ def write_probe(folder: Path, kernel: str | None, accuracy: float, *, seed: int 
         else {"stack": ["pythia", "infini"], "memory_kernel": kernel}
     )
     state_bytes, lr, kind = changes.pop("state_bytes"), changes.pop("lr", 0.001), changes.pop("kind", "mqar")
-    measured = changes.pop("measured", None)
+    measured, of = changes.pop("measured", {}), changes.pop("of", {})
     config = {
         "layers": layers | {"memory_heads": state_bytes},
         "optimizer": {"lr": lr},
@@ -31,8 +30,7 @@ def write_probe(folder: Path, kernel: str | None, accuracy: float, *, seed: int 
     if facts.get("status") is None:
         path = folder / "metrics.jsonl"
         path.write_text(f'{{"step": 10, "tokens": 80, "{METRIC}": {accuracy}}}\n')
-    if measured is not None:
-        (folder / "evaluation.json").write_text(json.dumps({"recall": measured}))
+    write_evaluation(folder, {"recall": {"accuracy": accuracy, **measured}}, **of)
 
 
 @pytest.fixture
@@ -126,6 +124,33 @@ def answers(shift: float) -> dict[str, Any]:
     return {**knocked_out, "by_segments": [near], "by_block_length": [{"block_length": 16, "by_segments": [near, far]}]}
 
 
+def test_accuracy_stands_beside_the_knock_outs_of_the_same_weights(tmp_path: Path) -> None:
+    # The last weights answer more than the best ones, of which the memory was knocked out.
+    write_probe(tmp_path / "a", "elu", 0.75, state_bytes=64, measured={"accuracy": 0.5, **answers(0.0)})
+
+    (row,) = recall_table(read(tmp_path)[0]).rows
+
+    assert row[6:9] == ["0.5000", "0.2500", "0.0625"]
+
+
+@pytest.mark.parametrize("of", [{"split": "test"}, {"checkpoint": "last"}, {"checkpoint": None}])
+def test_a_run_measured_of_something_else_is_left_out_by_name(
+    sweep: Path, capsys: pytest.CaptureFixture[str], of: dict[str, Any]
+) -> None:
+    write_probe(sweep / "g", "elu", 0.9, state_bytes=64, seed=2, of=of)
+
+    assert main([str(sweep)]) == 0
+
+    shown = capsys.readouterr()
+    assert "0.4000 (0.3075 .. 0.4925)" in shown.out  # of the two seeds as before
+    told = {"checkpoint": "best", "split": "validation"} | of
+    assert f"left out: {sweep / 'g'}: {sweep / 'g' / 'evaluation.json'}: was measured with " in shown.err
+    assert (
+        f"with checkpoint={told['checkpoint']}, split={told['split']}. Allowed: checkpoint=best, split=val" in shown.err
+    )
+    assert f"Run: python evaluate.py run={sweep / 'g'} evaluation=[recall]" in shown.err
+
+
 def test_slices_stand_by_length_and_bucket_with_intervals_over_seeds(tmp_path: Path) -> None:
     for seed in range(2):
         write_probe(tmp_path / str(seed), "elu", 0.5, seed=seed, state_bytes=64, measured=answers(0.25 * seed))
@@ -201,15 +226,18 @@ def test_the_command_tells_and_draws(sweep: Path, capsys: pytest.CaptureFixture[
 
     assert (sweep / "state_vs_recall.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
-    assert shown.startswith("mqar: val/accuracy\n")
+    assert shown.startswith("mqar: accuracy\n")
     assert "0.4000 (0.3075 .. 0.4925)" in shown
     assert "Guessing: 0.2500." in shown
     assert shown.endswith(f"picture: {sweep / 'state_vs_recall.png'}\n")
 
 
-def test_runs_without_an_accuracy_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_that_have_not_finished_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "one", status="failed")
 
     assert main([str(tmp_path)]) == 2
 
-    assert "report: none of 1 runs has finished with val/accuracy. Allowed: at least one." in capsys.readouterr().err
+    assert (
+        "report: none of 1 runs has finished with evaluation=[recall]. Allowed: at least one."
+        in capsys.readouterr().err
+    )

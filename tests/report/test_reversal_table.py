@@ -1,15 +1,14 @@
 """The table of runs on facts in two directions, over seeds."""
 
-import json
 from pathlib import Path
 
 import pytest
-from made_runs import write_run
+from made_runs import write_evaluation, write_run
 
 from newllm.report.reversal import main
 
 
-def evaluated(folder: Path, forward: float, backward: float | None) -> None:
+def evaluated(folder: Path, forward: float, backward: float | None, **of: str) -> None:
     reason = "not told: forward exact match 0.500 is not above 0.95"
     part = {
         "facts": 10,
@@ -17,7 +16,7 @@ def evaluated(folder: Path, forward: float, backward: float | None) -> None:
         "backward": reason if backward is None else {"exact_match": backward, "p_value": backward / 10},
         "gap": reason if backward is None else 5.0,
     }
-    (folder / "evaluation.json").write_text(json.dumps({"reversal": {"one_way": part}}))
+    write_evaluation(folder, {"reversal": {"one_way": part}}, **of)
 
 
 def test_seeds_below_the_gate_are_counted_and_tell_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -32,6 +31,18 @@ def test_seeds_below_the_gate_are_counted_and_tell_nothing(tmp_path: Path, capsy
     assert cells[5] == "0.3 +- 0.14 (2 of 3)"
     assert cells[9] == "0.04"
     assert cells[11] == "5 +- 0 (2 of 3)"
+
+
+def test_a_seed_measured_of_the_last_weights_is_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    evaluated(write_run(tmp_path / "0"), 1.0, 0.2)
+    evaluated(write_run(tmp_path / "1", seed=1), 1.0, 0.4, checkpoint="last")
+
+    assert main([str(tmp_path)]) == 0
+
+    shown = capsys.readouterr()
+    cells = [cell.strip() for cell in shown.out.splitlines()[-1].strip("|").split("|")]
+    assert (cells[2], cells[5]) == ("1", "0.2")
+    assert f"Run: python evaluate.py run={tmp_path / '1'} evaluation=[reversal]" in shown.err
 
 
 def test_runs_without_the_measurement_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

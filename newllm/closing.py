@@ -69,6 +69,8 @@ def closing_lines(config: TrainConfig, folder: Path, results: dict[str, Any]) ->
         unigram = facts["data"].get("unigram_bits_per_byte")
         beside = "" if unigram is None else f" (the same tokens by frequency alone: {unigram:.3f})"
         told.append(f"{last['val/bits_per_byte']:.3f} bits per byte{beside}")
+    elif (why_not := facts["data"].get("why_no_bits_per_byte")) is not None:
+        told.append(f"no bits per byte: {why_not}")
     if "val/loss_no_feedback" in last:
         told.append(
             f"feedback switched off: {last['val/loss_no_feedback']:.4f} nats; one lagged sweep from nothing: {last['val/loss_lagged']:.4f}"

@@ -38,7 +38,7 @@ def material(
     )
     data = SimpleNamespace(
         token_bytes=torch.from_numpy(own.token_bytes),
-        facts={"unigram_bits_per_byte": 2.5},
+        facts={"unigram_bits_per_byte": 2.5, "why_no_bits_per_byte": None},
         targets_are_next_tokens=True,
         in_lanes=False,
     )

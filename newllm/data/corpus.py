@@ -3,6 +3,7 @@
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -14,6 +15,7 @@ from newllm.config.schema import DataConfig, TokenizerConfig
 from newllm.data.blocks import Blocks, count_blocks, count_used_tokens
 from newllm.data.document import Source
 from newllm.data.prepared import PreparedData
+from newllm.data.spelling import TokenisedText, bytes_that_count, text_of, why_no_bits_per_byte
 from newllm.data.split_rule import SplitRule
 from newllm.data.streams import SPLITS, open_streams, open_tokenizer
 from newllm.data.text_statistics import bigram_entropy, count_tokens, cross_entropy, unseen_share
@@ -32,17 +34,19 @@ class UsedPart:
         targets: the used stream without its first token, which no block predicts.
         target_counts: how often each id is a target [V].
         documents: records of the documents of which at least one token is used.
-        facts: counts.
+        facts: counts; bytes are None where tokens do not spell the text.
     """
 
     blocks: Blocks
     targets: np.ndarray
     target_counts: np.ndarray
     documents: list[dict[str, Any]]
-    facts: dict[str, int]
+    facts: dict[str, int | None]
 
 
-def use_part(cached: CachedFolder, split: str, tokenizer: Tokenizer, data: DataConfig) -> UsedPart:
+def use_part(
+    cached: CachedFolder, split: str, tokenizer: Tokenizer, data: DataConfig, *, spells_text: bool
+) -> UsedPart:
     """Return what a split gives at this block length and limit."""
     limit = {"train": data.max_train_blocks, "validation": data.max_validation_blocks}.get(split)
     stream = cached.ids(f"{split}.bin")
@@ -60,7 +64,7 @@ def use_part(cached: CachedFolder, split: str, tokenizer: Tokenizer, data: DataC
         "tokens": num_used,
         "tokens_left_out": len(stream) - num_used,
         "targets": len(targets),
-        "bytes": int(target_counts @ tokenizer.token_bytes),
+        "bytes": int(target_counts @ tokenizer.token_bytes) if spells_text else None,
     }
     blocks = Blocks(stream, block_length=data.block_length, num_blocks=num_blocks, eos_id=tokenizer.eos_id)
     return UsedPart(blocks, targets, target_counts, documents, facts)
@@ -96,7 +100,11 @@ def described(
         ValueError: the text is too short, or validation holds too many unseen tokens.
     """
     warn_if_smaller(tokenizer, tokenizer_config)
-    parts = {split: use_part(cached, split, tokenizer, data) for split in SPLITS}
+    why_no_bits = why_no_bits_per_byte(_held_out_texts(cached), tokenizer)
+    if why_no_bits is not None:
+        warnings.warn(f"bits per byte are left out: {why_no_bits}.", stacklevel=2)
+    spells_text = why_no_bits is None
+    parts = {split: use_part(cached, split, tokenizer, data, spells_text=spells_text) for split in SPLITS}
     train, held_out = parts["train"], parts["validation"]
     _check_length(name, parts, data)
     share = unseen_share(held_out.target_counts, train.target_counts)
@@ -113,13 +121,14 @@ def described(
         "parts": cached.meta["parts"],
         "unseen_share": share,
         **_entropies(train, held_out, tokenizer),
+        "why_no_bits_per_byte": why_no_bits,
         "tokenizer": _tokenizer_facts(cached, tokenizer, tokenizer_config),
         "cache": {"path": str(cached.path), "rebuilt_because": cached.rebuilt_because},
     }
     return PreparedData(
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
-        token_bytes=tokenizer.token_bytes,
+        token_bytes=bytes_that_count(tokenizer, spells_text=spells_text),
         train=train.blocks,
         validation=held_out.blocks,
         test=parts["test"].blocks,
@@ -128,37 +137,36 @@ def described(
         fingerprint=_fingerprint(cached, parts, tokenizer, data),
         facts=facts,
         targets_are_next_tokens=True,
-        validation_text=partial(text_of, held_out.targets, tokenizer),
+        validation_text=partial(text_of, held_out.targets, tokenizer) if spells_text else None,
     )
 
 
-def _entropies(train: UsedPart, held_out: UsedPart, tokenizer: Tokenizer) -> dict[str, float]:
-    nats = cross_entropy(held_out.target_counts, train.target_counts)
+def _held_out_texts(cached: CachedFolder) -> Iterator[TokenisedText]:
+    for split in ("validation", "test"):
+        stream, start = cached.ids(f"{split}.bin"), 0
+        for record in cached.meta["documents"][split]:
+            end = start + record["tokens"]
+            yield TokenisedText(record["id"], record["hash"], record["bytes"], stream[start : end - 1])
+            start = end
+
+
+def _entropies(train: UsedPart, held_out: UsedPart, tokenizer: Tokenizer) -> dict[str, float | None]:
+    nats, counted = cross_entropy(held_out.target_counts, train.target_counts), held_out.facts["bytes"]
     return {
         "unigram_nats_per_token": nats,
-        "unigram_bits_per_byte": nats * held_out.facts["targets"] / np.log(2).item() / held_out.facts["bytes"],
+        "unigram_bits_per_byte": nats * len(held_out.targets) / np.log(2).item() / counted if counted else None,
         "floor_nats_per_token": bigram_entropy(train.targets, tokenizer.vocab_size),
     }
 
 
 def _tokenizer_facts(cached: CachedFolder, tokenizer: Tokenizer, config: TokenizerConfig) -> dict[str, Any]:
-    records = cached.meta["documents"]["validation"]
-    counted = int(count_tokens(cached.ids("validation.bin"), tokenizer.vocab_size) @ tokenizer.token_bytes)
     num_tokens = sum(record["tokens"] for rows in cached.meta["documents"].values() for record in rows)
     return {
         "kind": config.kind,
         "vocab_size": tokenizer.vocab_size,
         "asked_vocab_size": config.vocab_size,
-        # 0 means that bits per byte are exact; normalising tokenizers lose or add bytes.
-        "bytes_miscounted": counted - sum(record["bytes"] for record in records),
         "tokens_per_second": num_tokens / max(cached.meta["tokenize_seconds"], 1e-9),
     }
-
-
-def text_of(targets: np.ndarray, tokenizer: Tokenizer) -> bytes:
-    """Return the UTF-8 bytes of token ids."""
-    texts = tokenizer.token_texts
-    return b"".join(texts[token] for token in targets.tolist())
 
 
 def _fingerprint(cached: CachedFolder, parts: dict[str, UsedPart], tokenizer: Tokenizer, data: DataConfig) -> str:

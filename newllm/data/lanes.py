@@ -236,7 +236,7 @@ def in_lanes(prepared: PreparedData, *, num_lanes: int) -> PreparedData:
             **facts,
             "blocks": len(samples),
             "targets": samples.num_targets,
-            "bytes": facts["bytes"] - unpredicted,
+            "bytes": None if facts["bytes"] is None else facts["bytes"] - unpredicted,
             "texts": len(samples.blocks_per_text),
         }
     num_texts = splits["train"]["texts"]

@@ -73,7 +73,7 @@ class TextDataModule(LightningDataModule):
 
     @property
     def token_bytes(self) -> Tensor:
-        """UTF-8 bytes of each token [V], int64; 0 for EOS and where there is no text."""
+        """UTF-8 bytes of each token [V], int64; 0 for EOS, where there is no text and where tokens do not spell it."""
         return torch.from_numpy(self.prepared.token_bytes)
 
     @property
@@ -113,7 +113,7 @@ class TextDataModule(LightningDataModule):
         return {**self.prepared.facts, "fingerprint": self.fingerprint, **read}
 
     def compression_bits_per_byte(self) -> dict[str, float] | None:
-        """Return bits per byte of the validation text after `xz` (-9e) and `zstd` (-19); None where there is no text."""
+        """Return bits per byte of the validation text after `xz` (-9e) and `zstd` (-19); None where tokens spell none."""
         text = self.prepared.validation_text
         return None if text is None else compressed_bits_per_byte(text())
 

@@ -43,13 +43,14 @@ class PreparedData:
     Attributes:
         tokenizer: None where samples are generated as ids.
         vocab_size: ids are below it (V).
-        token_bytes: UTF-8 bytes of each token [V], int64; 0 for tokens that are no text.
+        token_bytes: UTF-8 bytes of each token [V], int64; 0 for tokens that are no text, and for all where they do not add up to
+            the bytes of the held-out texts: bits per byte are left out then, and facts["why_no_bits_per_byte"] says why.
         train_document_hashes: hash of each text of which a part is trained on.
         fingerprint: hash of the samples; equal fingerprints mean equal batches.
         facts: counts, entropies and the like; plain values that JSON can hold.
         targets_are_next_tokens: False where a label is another token than the one after its input.
         stream: training text that is read on and on, of which `train` is but the beginning; None where `train` is all of it.
-        validation_text: gives the UTF-8 bytes of all validation targets; None where there is no text.
+        validation_text: gives the UTF-8 bytes of all validation targets; None where there is no text, or tokens do not spell it.
     """
 
     tokenizer: Tokenizer | None

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,10 +13,11 @@ import numpy as np
 from newllm.config.fields import Count, Range, Share
 from newllm.config.schema import DataConfig, TokenizerConfig
 from newllm.data.blocks import Blocks, count_blocks, count_used_tokens
-from newllm.data.corpus import check_unseen, text_of, warn_if_smaller
-from newllm.data.document import Document
+from newllm.data.corpus import check_unseen, warn_if_smaller
+from newllm.data.document import Document, text_hash
 from newllm.data.facts import Fact, draw_facts
 from newllm.data.prepared import PreparedData
+from newllm.data.spelling import TokenisedText, bytes_that_count, text_of, why_no_bits_per_byte
 from newllm.data.text_statistics import count_tokens, cross_entropy, unseen_share
 from newllm.data.tokenizer import Tokenizer
 from newllm.data.tokenizer_kinds import ready_tokenizer, train_tokenizer
@@ -77,8 +79,8 @@ class Part:
     targets: np.ndarray
     counts: np.ndarray
 
-    def facts(self, tokenizer: Tokenizer) -> dict[str, int]:
-        """Return what run.json says of the split."""
+    def facts(self, tokenizer: Tokenizer, *, spells_text: bool) -> dict[str, int | None]:
+        """Return what run.json says of the split; bytes are None where tokens do not spell the text."""
         used = count_used_tokens(len(self.blocks), self.blocks.block_length)
         return {
             "documents": len(self.texts),
@@ -86,7 +88,7 @@ class Part:
             "tokens": used,
             "tokens_left_out": len(self.stream) - used,
             "targets": len(self.targets),
-            "bytes": int(self.counts @ tokenizer.token_bytes),
+            "bytes": int(self.counts @ tokenizer.token_bytes) if spells_text else None,
         }
 
 
@@ -148,11 +150,16 @@ def prepare(data: ReversalConfig, tokenizer_config: TokenizerConfig) -> Prepared
     check_unseen(share, data)
     hashes = {split: _hashes(part.texts) for split, part in parts.items()}
     nats = cross_entropy(held_out.counts, train.counts)
-    splits = {split: part.facts(tokenizer) for split, part in parts.items()}
+    why_no_bits = why_no_bits_per_byte(_tokenised(texts["validation"] + texts["test"], tokenizer), tokenizer)
+    if why_no_bits is not None:
+        warnings.warn(f"bits per byte are left out: {why_no_bits}.", stacklevel=2)
+    spells_text = why_no_bits is None
+    splits = {split: part.facts(tokenizer, spells_text=spells_text) for split, part in parts.items()}
+    counted = splits["validation"]["bytes"]
     return PreparedData(
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
-        token_bytes=tokenizer.token_bytes,
+        token_bytes=bytes_that_count(tokenizer, spells_text=spells_text),
         train=train.blocks,
         validation=held_out.blocks,
         test=parts["test"].blocks,
@@ -171,16 +178,14 @@ def prepare(data: ReversalConfig, tokenizer_config: TokenizerConfig) -> Prepared
             "skipped": {},
             "unseen_share": share,
             "unigram_nats_per_token": nats,
-            "unigram_bits_per_byte": nats
-            * splits["validation"]["targets"]
-            / np.log(2).item()
-            / splits["validation"]["bytes"],
+            "unigram_bits_per_byte": nats * len(held_out.targets) / np.log(2).item() / counted if counted else None,
+            "why_no_bits_per_byte": why_no_bits,
             # Facts are to be learnt by heart: soon no pair of tokens bounds their loss from below.
             "floor_nats_per_token": None,
             "tokenizer": {"kind": tokenizer_config.kind, "vocab_size": tokenizer.vocab_size},
         },
         targets_are_next_tokens=True,
-        validation_text=partial(text_of, held_out.targets, tokenizer),
+        validation_text=partial(text_of, held_out.targets, tokenizer) if spells_text else None,
     )
 
 
@@ -214,6 +219,11 @@ def _part(texts: list[str], order: np.ndarray, tokenizer: Tokenizer, data: Rever
     blocks = Blocks(stream, block_length=data.block_length, num_blocks=num_blocks, eos_id=tokenizer.eos_id)
     targets = stream[1 : count_used_tokens(num_blocks, data.block_length)]
     return Part(texts, stream, blocks, targets, count_tokens(targets.astype(np.int64), tokenizer.vocab_size))
+
+
+def _tokenised(texts: list[str], tokenizer: Tokenizer) -> Iterator[TokenisedText]:
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        yield TokenisedText(repr(text), text_hash(text), len(text.encode()), ids)
 
 
 def _check_length(parts: dict[str, Part], data: ReversalConfig) -> None:

@@ -44,7 +44,8 @@ def measure(material: Material, options: PerplexityConfig) -> dict[str, Any]:
         material: model and text.
         options: what stands beside the numbers.
     Returns:
-        `loss` (nats per token), `perplexity`, `accuracy` (share of targets), `bits_per_byte`, `targets`, `bytes`; for text also
+        `loss` (nats per token), `perplexity`, `accuracy` (share of targets), `bits_per_byte` or `why_no_bits_per_byte`, `targets`,
+        `bytes`; for text also
         `xz_bits_per_byte`, `zstd_bits_per_byte` (of the same text), `unigram_bits_per_byte` (validation text under the token
         frequencies of the training text) and `band`: what such a perplexity usually means, and why.
     """
@@ -57,9 +58,12 @@ def measure(material: Material, options: PerplexityConfig) -> dict[str, Any]:
     found: dict[str, Any] = {**total.metrics(), "targets": total.tokens, "bytes": total.bytes}
     if material.tokenizer is None:
         return found
-    if material.split == "validation":
+    why_no_bits = material.data.facts["why_no_bits_per_byte"]
+    if why_no_bits is not None:
+        found |= {"bytes": None, "why_no_bits_per_byte": why_no_bits}
+    elif material.split == "validation":
         found["unigram_bits_per_byte"] = material.data.facts["unigram_bits_per_byte"]
-    if options.compare_compressors:
+    if options.compare_compressors and why_no_bits is None:
         compressed = compressed_bits_per_byte(_text(material, material.tokenizer))
         found |= {f"{name}_bits_per_byte": value for name, value in compressed.items()}
     if material.run.config.tokenizer.kind != "bytes" and material.run.config.data.kind not in EASY:

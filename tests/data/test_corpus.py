@@ -3,12 +3,13 @@ import math
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
 from small_texts import BPE, BYTES, prepared, sentences, write_jsonl
-from tokenizers import models
+from tokenizers import models, normalizers
 
 from newllm.config.schema import TokenizerConfig
 from newllm.data.blocks import Blocks
@@ -192,7 +193,32 @@ def test_a_saved_tokenizer_gives_the_data_of_the_run_with_and_without_its_cache(
 
 def test_bytes_of_tokens_are_the_bytes_of_the_text(corpus: Path) -> None:
     for tokenizer in (BYTES, BPE, TokenizerConfig(kind="unigram", vocab_size=270, path=None)):
-        assert prepared(corpus, tokenizer).facts["tokenizer"]["bytes_miscounted"] == 0
+        assert prepared(corpus, tokenizer).facts["why_no_bits_per_byte"] is None
+
+
+@pytest.mark.parametrize("pieces", [[normalizers.Lowercase()], [normalizers.NFD()], [normalizers.Prepend(" ")]])
+def test_bits_per_byte_are_left_out_where_tokens_spell_another_text(
+    corpus: Path, tmp_path: Path, pieces: list[Any]
+) -> None:
+    # Lower case alone keeps the number of bytes, of another text.
+    corpus.write_text("".join(json.dumps({"text": f"Sun {text}"}) + "\n" for text in map(sentences, range(12))))
+    run = prepared(corpus, BPE)
+    assert run.tokenizer is not None
+    run.tokenizer.backend.normalizer = normalizers.Sequence(pieces)
+    run.tokenizer.save(tmp_path / "normalising.json")
+
+    with pytest.warns(
+        UserWarning, match=r"bits per byte are left out: the tokenizer changes \d+ of \d+ held-out texts, as "
+    ):
+        changed = prepared(
+            corpus, TokenizerConfig(kind="file", vocab_size=None, path=str(tmp_path / "normalising.json"))
+        )
+
+    assert not changed.token_bytes.any()
+    assert changed.facts["unigram_bits_per_byte"] is None
+    assert changed.compression_bits_per_byte() is None
+    assert changed.facts["splits"]["validation"]["bytes"] is None
+    assert "whose " in changed.facts["why_no_bits_per_byte"]
 
 
 def test_the_second_time_the_cache_is_read_and_gives_the_same(corpus: Path) -> None:

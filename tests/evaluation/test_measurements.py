@@ -32,6 +32,17 @@ def test_perplexity_is_that_of_all_targets_together():
     assert {"xz_bits_per_byte", "zstd_bits_per_byte", "unigram_bits_per_byte"} <= found.keys()
 
 
+def test_text_that_the_tokenizer_changes_has_no_bits_per_byte_and_says_why():
+    where = material()
+    where.data.token_bytes.zero_()
+    where.data.facts["why_no_bits_per_byte"] = "the tokenizer changes it"
+
+    found = perplexity.measure(where, perplexity.PerplexityConfig(kind="perplexity", compare_compressors=True))
+
+    assert [name for name in found if "bits_per_byte" in name] == ["why_no_bits_per_byte"]
+    assert (found["loss"], found["bytes"]) == (scored(where).metrics()["loss"], None)
+
+
 @pytest.mark.parametrize(
     ("value", "told"), [(3, "leak"), (20, "over-fitting"), (70, "little text"), (300, "from scratch"), (2000, "under")]
 )

@@ -146,7 +146,8 @@ def _held_out_texts(cached: CachedFolder) -> Iterator[TokenisedText]:
         stream, start = cached.ids(f"{split}.bin"), 0
         for record in cached.meta["documents"][split]:
             end = start + record["tokens"]
-            yield TokenisedText(record["id"], record["hash"], record["bytes"], stream[start : end - 1])
+            hashes = (record["hash"], record["spelling_hash"])
+            yield TokenisedText(record["id"], hashes, record["bytes"], stream[start : end - 1])
             start = end
 
 

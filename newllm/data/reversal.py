@@ -14,7 +14,7 @@ from newllm.config.fields import Count, Range, Share
 from newllm.config.schema import DataConfig, TokenizerConfig
 from newllm.data.blocks import Blocks, count_blocks, count_used_tokens
 from newllm.data.corpus import check_unseen, warn_if_smaller
-from newllm.data.document import Document, text_hash
+from newllm.data.document import Document, spelling_hash, text_hash
 from newllm.data.facts import Fact, draw_facts
 from newllm.data.prepared import PreparedData
 from newllm.data.spelling import TokenisedText, bytes_that_count, text_of, why_no_bits_per_byte
@@ -223,7 +223,7 @@ def _part(texts: list[str], order: np.ndarray, tokenizer: Tokenizer, data: Rever
 
 def _tokenised(texts: list[str], tokenizer: Tokenizer) -> Iterator[TokenisedText]:
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        yield TokenisedText(repr(text), text_hash(text), len(text.encode()), ids)
+        yield TokenisedText(repr(text), (text_hash(text), spelling_hash(text)), len(text.encode()), ids)
 
 
 def _check_length(parts: dict[str, Part], data: ReversalConfig) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from newllm.config.schema import TokenizerConfig
-from newllm.data.document import Document, Source, read_source
+from newllm.data.document import Document, Source, read_source, spelling_hash
 from newllm.data.split import Split
 from newllm.data.split_rule import SplitRule
 from newllm.data.token_cache import CachedFolder, open_or_build
@@ -127,7 +127,13 @@ def _check_no_end(document: Document, ids: np.ndarray, tokenizer: Tokenizer) -> 
 
 
 def _record(document: Document, *, num_tokens: int) -> dict[str, Any]:
-    return {"id": document.id, "hash": document.text_hash, "bytes": document.num_bytes, "tokens": num_tokens}
+    return {
+        "id": document.id,
+        "hash": document.text_hash,
+        "spelling_hash": spelling_hash(document.text),
+        "bytes": document.num_bytes,
+        "tokens": num_tokens,
+    }
 
 
 def _groups(documents: list[Document]) -> Iterator[list[Document]]:

@@ -221,6 +221,23 @@ def test_bits_per_byte_are_left_out_where_tokens_spell_another_text(
     assert "whose " in changed.facts["why_no_bits_per_byte"]
 
 
+def test_composed_accents_leave_a_text_what_it_was(corpus: Path, tmp_path: Path) -> None:
+    taken_apart = "cafe\u0301 "  # é as two characters
+    corpus.write_text(
+        "".join(json.dumps({"text": f"{taken_apart}{text}"}) + "\n" for text in map(sentences, range(12)))
+    )
+    run = prepared(corpus, BPE)
+    assert run.tokenizer is not None
+    run.tokenizer.backend.normalizer = normalizers.NFC()
+    run.tokenizer.save(tmp_path / "composing.json")
+
+    composed = prepared(corpus, TokenizerConfig(kind="file", vocab_size=None, path=str(tmp_path / "composing.json")))
+
+    assert composed.facts["why_no_bits_per_byte"] is None
+    assert "café".encode() in composed.prepared.validation_text()
+    assert composed.facts["splits"]["validation"]["bytes"] == len(composed.prepared.validation_text())
+
+
 def test_the_second_time_the_cache_is_read_and_gives_the_same(corpus: Path) -> None:
     first = prepared(corpus, BPE)
     with warnings.catch_warnings():

@@ -53,7 +53,7 @@ GREEDY = SamplingOptions(
 class Stepwise(Protocol):
     """What `generate` needs of a model."""
 
-    def exact(self, input_ids: Tensor, state: Any, *, update_memory: bool = True) -> ModelOutput: ...
+    def exact(self, input_ids: Tensor, state: Any) -> ModelOutput: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
@@ -81,7 +81,6 @@ def generate(
     options: SamplingOptions = GREEDY,
     eos_id: int | None = None,
     seed: int = 0,
-    update_memory: bool = True,
 ) -> Generation:
     """Return the continuation of a prompt, made stepwise from the model's state.
 
@@ -93,7 +92,6 @@ def generate(
         options: how tokens are drawn.
         eos_id: token that ends a row; None never ends one.
         seed: of the draws; the same seed gives the same text.
-        update_memory: let what is read and written go to the memory.
     Raises:
         ValueError: an empty prompt, or no token to write.
     Source: the arithmetic of the options is transformers' LogitsProcessor classes.
@@ -108,7 +106,7 @@ def generate(
     processors = _processors(options)
     seen = input_ids
     is_done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    output = model.exact(input_ids, state, update_memory=update_memory)
+    output = model.exact(input_ids, state)
     for written in range(1, max_new_tokens + 1):
         scores = processors(seen, model.logits(output.hidden[:, -1]).float())
         token = _draw(scores, options, generator)
@@ -118,7 +116,7 @@ def generate(
         seen = torch.cat([seen, token.unsqueeze(1)], dim=1)
         if written == max_new_tokens or bool(is_done.all()):
             break
-        output = model.exact(token.unsqueeze(1), output.state, update_memory=update_memory)
+        output = model.exact(token.unsqueeze(1), output.state)
     return Generation(seen[:, input_ids.shape[1] :], output.state)
 
 

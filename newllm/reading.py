@@ -58,18 +58,17 @@ class BoundedReader:
         # A window of its own already bounds what a layer keeps.
         self._grows = any(isinstance(layer, PythiaLayer) and layer.window is None for layer in model.modules())
 
-    def exact(self, input_ids: Tensor, state: Any, *, update_memory: bool = True) -> ModelOutput:
+    def exact(self, input_ids: Tensor, state: Any) -> ModelOutput:
         """Return the state after the tokens, and the hidden state of the last of them [1, 1, D].
 
         Args:
             input_ids: tokens [1, T].
             state: before the first of them.
-            update_memory: write memories.
         """
         start, output = 0, None
         while start < input_ids.shape[1]:
             stop = self._next_stop(start, input_ids.shape[1], state.positions[0])
-            output = self.model.exact(input_ids[:, start:stop], state, update_memory=update_memory)
+            output = self.model.exact(input_ids[:, start:stop], state)
             state = self._forget(output.state)
             start = stop
         assert output is not None, "a reader was given no token"

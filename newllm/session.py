@@ -106,7 +106,8 @@ class MemorySession:
             max_new_tokens: most tokens to write; an end of text ends earlier.
             options: how tokens are drawn; None takes SamplingOptions().
             seed: of the draws; the same seed gives the same text.
-            update_memory: False asks: the session stays as it was. True reads prompt and continuation into it.
+            update_memory: False asks: the session stays as it was. True reads prompt and continuation into it. Either way the
+                continuation sees all of the prompt, which goes to a memory of its own making.
         Raises:
             ValueError: an empty prompt.
         """
@@ -119,7 +120,6 @@ class MemorySession:
             options=SamplingOptions() if options is None else options,
             eos_id=self.tokenizer.eos_id,
             seed=seed,
-            update_memory=update_memory,
         )
         new_ids = written.token_ids[0].tolist()
         if update_memory:

@@ -115,14 +115,6 @@ def test_repetition_penalty_moves_away_from_what_was_there():
     assert generate(found, PROMPTS[:1], max_new_tokens=1, options=options).token_ids.item() == 6
 
 
-def test_memory_is_not_written_where_that_is_asked():
-    found = model("infini")
-
-    state = generate(found, PROMPTS, max_new_tokens=9, update_memory=False).state
-
-    assert not state.layers[0].memory.matrix.any()
-
-
 @pytest.mark.parametrize("shape", [(1, 0), (3,)])
 def test_empty_prompt_is_refused(shape):
     with pytest.raises(ValueError, match=r"prompt: .*at least one token"):

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_sessions import KERNELS, closed_sums, memories, model, same_bits, session, tokenizer
 
-from newllm.generation import GREEDY
+from newllm.generation import GREEDY, SamplingOptions, generate
 from newllm.memory_file import without_caches
 from newllm.reading import PIECE_CHARACTERS, text_pieces
 from newllm.session import MemorySession
@@ -97,6 +97,21 @@ def test_asking_leaves_the_session_as_it_was():
 
     assert reader.state is before
     assert reader.generate("And", max_new_tokens=5, seed=3) == answer
+
+
+@pytest.mark.parametrize("update_memory", [False, True])
+def test_an_answer_is_what_the_model_makes_of_all_that_was_read_and_asked(update_memory):
+    """Segments that close within a prompt are read like those before it."""
+    reader, options = session("infini infini"), SamplingOptions()
+    for layer in reader.model.layers:
+        layer.memory_gate.data.fill_(8)  # memory tells everything
+    reader.read(TEXT)
+    prompt = torch.tensor([reader.tokenizer.encode(TEXT)])
+    expected = generate(reader.model, prompt, reader.state, max_new_tokens=60, options=options, seed=5).token_ids[0]
+
+    answer = reader.generate(TEXT, max_new_tokens=60, options=options, seed=5, update_memory=update_memory)
+
+    assert answer == reader.tokenizer.decode(expected.tolist())
 
 
 def test_continuing_reads_prompt_and_continuation(monkeypatch):

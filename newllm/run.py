@@ -21,6 +21,7 @@ from newllm.callbacks.clock import Clock
 from newllm.callbacks.eager_validation import EagerValidation
 from newllm.callbacks.logger import Logger
 from newllm.callbacks.loggers import build_loggers
+from newllm.callbacks.loop import validate_every
 from newllm.callbacks.probe import Probe
 from newllm.callbacks.profile import ProfileSteps
 from newllm.callbacks.progress import Progress
@@ -398,8 +399,7 @@ def _fit(prepared: Prepared, session: Session) -> None:
         max_steps=module.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=module.accumulate_batches,
-        # In batches and across epochs: a validation every so many optimizer steps, however long an epoch is.
-        val_check_interval=config.trainer.validate_every_steps * module.accumulate_batches,
+        val_check_interval=1,  # `validate_every` has the last word
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         logger=False,
@@ -408,6 +408,7 @@ def _fit(prepared: Prepared, session: Session) -> None:
         use_distributed_sampler=False,
         callbacks=_callbacks(prepared, session),
     )
+    validate_every(trainer, config.trainer.validate_every_steps)
     with session.stop, dead_workers_named(config.data.num_workers):
         try:
             trainer.fit(module, datamodule=prepared.data, ckpt_path=prepared.checkpoint)

@@ -52,7 +52,9 @@ def measure(trainer: Trainer, optimizer: torch.optim.Optimizer, losses: list[Ten
         losses: as they were differentiated, one per accumulated batch.
     """
     # Lightning has divided each loss by the number it accumulates, which the last step of an epoch may fall short of.
-    loss = torch.stack(losses).float().mean() * trainer.accumulate_grad_batches
+    factor = getattr(trainer.lightning_module, "loss_factor", None)
+    factor = trainer.accumulate_grad_batches / len(losses) if factor is None else factor
+    loss = torch.stack(losses).float().sum() * factor
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).float().to(loss.device)
     is_finite = torch.isfinite(loss)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from newllm import ranks
+from newllm.callbacks.loop import has_stepped
 from newllm.config.schema import TrainConfig
 from newllm.evaluation.scoring import Mode, Score, score_batch
 from newllm.layers.telemetry import memory_telemetry
@@ -38,15 +39,49 @@ def context_norms(model: LanguageModel, states: Tensor) -> dict[str, Tensor]:
     return {"context/norm_mean": norms.mean(), "context/norm_std": norms.std(), "context/norm_max": norms.max()}
 
 
-def _share(loss: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss so weighed that its mean over the ranks is the mean over all their targets, and so are its gradients.
+class StepMean:
+    """Makes the loss of an optimizer step the mean over all its targets, whichever ranks and batches they are in.
 
-    Ranks may hold different numbers of rows and targets; with one rank the loss is as it was.
+    Ranks may hold different numbers of rows and targets, batches of one step too, and the last step of an epoch may be made
+    from fewer batches. One rank and one batch leave the loss as it was.
+
+    Args:
+        num_batches: whose gradients make a step; its loss is divided by so many before each backward pass.
+        full_batch: targets of a batch of all ranks when none is missing.
     """
-    if ranks.world_size() == 1:
-        return loss
-    own = (labels != NO_TARGET).sum()
-    return loss * (own * ranks.world_size() / ranks.summed(own)).to(loss.dtype)
+
+    def __init__(self, num_batches: int, full_batch: int) -> None:
+        self.num_batches, self.full_batch = num_batches, full_batch
+        self._weights: list[Tensor] = []  # share of a full batch's targets, of each batch so far
+        self._losses: list[Tensor] = []  # mean over the batch's targets times its weight
+
+    def weigh(self, loss: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss to differentiate and the mean over the targets of the step so far, both scalars.
+
+        Args:
+            loss: mean over the targets of this rank's part of a batch.
+            labels: of that part [B, T].
+        """
+        if ranks.world_size() == 1 and self.num_batches == 1:
+            return loss, loss.detach()
+        own = (labels != NO_TARGET).sum()
+        every = ranks.summed(own).clamp_min(1)  # without a target the loss is 0
+        loss = loss * (own * ranks.world_size() / every).to(loss.dtype)
+        mean = ranks.summed(loss.detach()) / ranks.world_size()
+        if self.num_batches == 1:
+            return loss, mean
+        weight = every / self.full_batch
+        self._weights.append(weight)
+        self._losses.append(mean * weight)
+        return loss * weight.to(loss.dtype), sum(self._losses) / sum(self._weights)  # type: ignore[return-value]
+
+    def close(self) -> Tensor | None:
+        """Return what the gradients of a step whose batches have all been differentiated must be multiplied by; None for 1."""
+        if not self._weights:
+            return None
+        factor = self.num_batches / torch.stack(self._weights).sum()
+        self._weights, self._losses = [], []
+        return factor
 
 
 class TrainingModule(lightning.LightningModule):
@@ -63,6 +98,8 @@ class TrainingModule(lightning.LightningModule):
     Attributes:
         monitor: validation metric whose lowest value makes the best checkpoint; None where the newest weights are it.
         predicts_tokens: training minimises nats per token; False where its loss is something else and no token is predicted yet.
+        loss_factor: of the losses of the last step's batches as they were differentiated, their sum times this is the step's
+            mean; None where they weigh alike.
         step_state: what the last step started from, where that was not zeros: for the record of a step that went wrong.
         stop_reason: why the procedure ended its own training, in words; None while it has not.
         histograms: values whose distribution is worth a picture, by name; the telemetry shows them with its next line.
@@ -77,6 +114,8 @@ class TrainingModule(lightning.LightningModule):
         self.token_bytes = token_bytes
         self.last_grad_norm: Tensor | None = None
         self.sums = BatchSums()
+        self.step_mean = StepMean(config.trainer.accumulate_batches, config.data.batch_size * config.data.block_length)
+        self.loss_factor: Tensor | None = None
         self.step_state: Tensor | State | None = None
         self.stop_reason: str | None = None
         self.histograms: dict[str, Tensor] = {}
@@ -133,12 +172,18 @@ class TrainingModule(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         states = self.states(batch)
-        loss = self.loss(self.model, states, batch["labels"])
-        loss = _share(loss, batch["labels"])
-        mean = ranks.summed(loss) / ranks.world_size()
+        loss, mean = self.step_mean.weigh(self.loss(self.model, states, batch["labels"]), batch["labels"])
         measured = {"train/loss": mean, **context_norms(self.model, states.detach())}
         self.log_dict(measured, batch_size=batch["input_ids"].shape[0])
         return loss
+
+    def on_after_backward(self) -> None:
+        if not has_stepped(self.trainer):
+            return
+        self.loss_factor = self.step_mean.close()
+        if self.loss_factor is not None:
+            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            torch._foreach_mul_(gradients, self.loss_factor)
 
     def state_before(self, batch: Batch) -> Any:
         """Return the state that the next step on this batch starts from; None for the empty one."""

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
+from newllm.callbacks.loop import validate_every
 from newllm.config.compose import compose
 from newllm.config.schema import TrainConfig
 from newllm.config.typed import real_config
@@ -159,7 +160,7 @@ class SmallRun:
             max_steps=options.max_steps if max_steps is None else max_steps,
             max_epochs=-1,
             accumulate_grad_batches=options.accumulate_batches,
-            val_check_interval=options.validate_every_steps * options.accumulate_batches,
+            val_check_interval=1,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
             callbacks=[*callbacks, self.monitor, self.weights],
@@ -168,6 +169,7 @@ class SmallRun:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+        validate_every(self.trainer, options.validate_every_steps)
         self.trainer.fit(self.module, datamodule=self.data, ckpt_path=resume)
         return self
 

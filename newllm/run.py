@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 
 from newllm import ranks
 from newllm.callbacks.checkpoints import Checkpoints
@@ -29,6 +29,7 @@ from newllm.callbacks.samples import Samples
 from newllm.callbacks.stop import StopAtStep, StopOnSignal
 from newllm.callbacks.telemetry import Telemetry
 from newllm.callbacks.validate_at_end import ValidateAtEnd
+from newllm.callbacks.weight_average import WeightAverage
 from newllm.closing import closing_lines
 from newllm.config.command_line import refuse
 from newllm.config.run_folder import FIRST_PHASE, can_resume
@@ -365,7 +366,7 @@ def _callbacks(prepared: Prepared, session: Session) -> list[Callback]:
         session.clock,
     ]
     if config.trainer.ema_decay is not None:
-        found.append(EMAWeightAveraging(decay=config.trainer.ema_decay))
+        found.append(WeightAverage(config.trainer.ema_decay))
     if config.trainer.early_stopping_patience is not None and module.monitor is not None:
         found.append(EarlyStopping(module.monitor, patience=config.trainer.early_stopping_patience, verbose=False))
     if options.sample_every_steps is not None and prepared.data.tokenizer is not None and module.predicts_tokens:

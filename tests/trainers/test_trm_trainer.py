@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from short_fit import SHORT, fit
 from small_selective import tokens
 from small_trm import VOCABULARY, trm
 
+from newllm.callbacks.weight_average import WeightAverage
 from newllm.config.compose import compose
 from newllm.evaluation.scoring import score_batch
 from newllm.losses.next_token import NextTokenConfig, NextTokenLoss
@@ -50,7 +50,7 @@ def test_validation_uses_the_averaged_weights():
         {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     )
 
-    metrics = fit(training, train, validation, callbacks=[EMAWeightAveraging(decay=decay)])
+    metrics = fit(training, train, validation, callbacks=[WeightAverage(decay)])
 
     for weights in seen:
         for name, weight in weights.items():

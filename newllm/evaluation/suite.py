@@ -6,13 +6,16 @@ import dataclasses
 import importlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from newllm.config.command_line import refuse
+from newllm.config.library import options
 from newllm.config.schema import EvaluateConfig, EvaluationConfig
 from newllm.config.typed import real_config
 from newllm.evaluation.material import Material
@@ -32,12 +35,16 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     Args:
         config: which run, checkpoint, split and measurements.
     Returns:
-        What the file holds, as `run_suite` tells.
+        What was measured, as `run_suite` tells.
     Raises:
-        SystemExit: 2 if the folder, its checkpoint or a measurement's options are refused.
+        SystemExit: 2 if nothing is to be measured, or the folder, its checkpoint or a measurement's options are refused.
     """
     try:
         config = real_config(config)
+        if not config.evaluation:
+            raise ValueError(
+                f"evaluation=[]: measures nothing. Allowed: one or more of {', '.join(options('evaluation'))}. Name what to measure."
+            )
         run = load_run(config.run, config.checkpoint)
         # Sums over another number of threads differ in their last digits.
         num_threads = config.runtime.num_threads or run.config.runtime.num_threads
@@ -68,39 +75,64 @@ def run_suite(
     batch_size: int | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Return what every measurement found, and write it to a file of its own for each kind of weights and split.
+    """Return what every measurement found, and write it to the file of these weights and this split.
 
-    evaluation.json is of the best weights on validation text; of others it is evaluation_<checkpoint>_<split>.json.
+    evaluation.json is of the best weights on validation text; of others it is evaluation_<checkpoint>_<split>.json. What the file
+    holds of other measurements of the same weights stays there; of weights of another step it is kept in a file of that step.
 
     Args:
         run: the run, loaded from its folder.
-        evaluations: options of each measurement, by name.
+        evaluations: options of each measurement, by name; none of them leave the file as it is.
         split: text to measure on.
         batch_size: blocks; None takes the run's own, with which its logged numbers come out again to the last digit.
         device: where the model runs.
+    Returns:
+        `step`, `checkpoint`, `split` and `precision` that were measured, every measurement by name, `made_with`: the options of each,
+        and `reproduced`: the run's logged numbers beside those of perplexity.
     """
+    if not evaluations:
+        return {}
     run.model.to("cuda" if device == "gpu" else device)
     precision = run.config.runtime.precision
     material = Material.of(run, split=split, batch_size=batch_size)
-    results: dict[str, Any] = {
-        "step": run.step,
-        "checkpoint": run.checkpoint,
-        "split": split,
-        "precision": precision,
-    }
+    of = {"step": run.step, "checkpoint": run.checkpoint, "split": split, "precision": precision}
+    measured: dict[str, Any] = {}
     with computing_in(precision, run.model):
-        for name, options in evaluations.items():
-            measure = importlib.import_module(f"newllm.evaluation.{options.kind}").measure
-            results[name] = measure(material, options)
-    if split == "validation" and "perplexity" in results:
-        results["reproduced"] = _reproduced(run, results["perplexity"])
-    write_whole(run.folder / _file_name(results), json.dumps(_plain(results), indent=2, allow_nan=False) + "\n")
-    return results
+        for name, chosen in evaluations.items():
+            measure = importlib.import_module(f"newllm.evaluation.{chosen.kind}").measure
+            measured[name] = measure(material, chosen)
+    if split == "validation" and "perplexity" in measured:
+        measured["reproduced"] = _reproduced(run, measured["perplexity"])
+    given = {"batch_size": batch_size or run.config.data.eval_batch_size, "device": device}
+    made_with = {name: {**dataclasses.asdict(chosen), **given} for name, chosen in evaluations.items()}
+    path = run.folder / _file_name(of)
+    # Read only now: what another process measured meanwhile stays.
+    earlier = _measured_before(path, of)
+    kept = {**earlier, **of, **measured, "made_with": {**earlier.get("made_with", {}), **made_with}}
+    write_whole(path, json.dumps(_plain(kept), indent=2, allow_nan=False) + "\n")
+    return {**of, **measured, "made_with": made_with}
 
 
-def _file_name(results: Mapping[str, Any]) -> str:
-    measured = (results["checkpoint"], results["split"])
+def _file_name(of: Mapping[str, Any]) -> str:
+    measured = (of["checkpoint"], of["split"])
     return "evaluation.json" if measured == OF_THE_RUN else f"evaluation_{'_'.join(measured)}.json"
+
+
+def _measured_before(path: Path, of: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured of the same weights on the same split; a file of anything else makes room under another name."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        found = {}
+    same = {name: found.get(name) for name in of} == of
+    if same and "made_with" in found:
+        return dict(found)
+    aside = path.with_stem(f"{path.stem}_of_step_{found.get('step', 'unknown')}")
+    path.replace(aside)
+    print(f"{aside}: holds what was measured before, of other weights than these of step {of['step']}", file=sys.stderr)
+    return {}
 
 
 def computing_in(precision: str, model: LanguageModel) -> AbstractContextManager:
@@ -111,9 +143,9 @@ def computing_in(precision: str, model: LanguageModel) -> AbstractContextManager
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Return the results as lines of name and value for the terminal."""
+    """Return the results as lines of name and value for the terminal; the options they were made with stand in the file."""
     lines = []
-    for name, value in _leaves(results):
+    for name, value in _leaves({name: value for name, value in results.items() if name != "made_with"}):
         shown = f"{value:.6g}" if isinstance(value, float) else str(value)
         if isinstance(value, list) and len(value) > SHOWN_ENTRIES:
             shown = f"{len(value)} entries, see {_file_name(results)}"

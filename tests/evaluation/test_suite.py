@@ -82,6 +82,50 @@ def test_other_weights_and_the_test_split_leave_what_reports_compare_as_it_was(t
     assert (trained / "evaluation.json").read_text() == before
 
 
+def test_measuring_again_keeps_what_was_measured_before_of_the_same_weights(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    file = folder / "evaluation.json"
+    file.unlink(missing_ok=True)
+    measured = evaluate(folder, "evaluation=[perplexity,positions]")
+
+    again = evaluate(folder, "evaluation=[generation]", "evaluation.generation.new_tokens=4", "batch_size=1")
+
+    found = json.loads(file.read_text())
+    assert found["perplexity"] == measured["perplexity"]
+    assert found["reproduced"] == measured["reproduced"]
+    assert found["generation"] == again["generation"]
+    assert "perplexity" not in again
+    assert {name: made["batch_size"] for name, made in found["made_with"].items()} == {
+        "perplexity": 4,
+        "positions": 4,
+        "generation": 1,
+    }
+    assert found["made_with"]["generation"]["new_tokens"] == 4
+
+
+def test_measurements_of_an_earlier_step_are_kept_apart(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    file, aside = folder / "evaluation.json", folder / "evaluation_of_step_1.json"
+    evaluate(folder, "evaluation=[perplexity]")
+    earlier = json.dumps({**json.loads(file.read_text()), "step": 1})
+    file.write_text(earlier)
+
+    evaluate(folder, "evaluation=[positions]")
+
+    assert aside.read_text() == earlier
+    assert "perplexity" not in json.loads(file.read_text())
+    assert f"{aside}: holds what was measured before, of other weights" in capsys.readouterr().err
+
+
+def test_measuring_nothing_is_refused(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation*"))
+
+    assert "evaluation=[]: measures nothing. Allowed: one or more of contexts, " in refused(
+        folder, capsys, "evaluation=[]"
+    )
+    assert not (folder / "evaluation.json").exists()
+
+
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
 def test_logged_numbers_come_out_again_to_the_last_digit(trained, tmp_path, precision):
     folder = trained if precision == "32-true" else train(tmp_path, f"runtime.precision={precision}")

@@ -77,8 +77,10 @@ def closing_lines(config: TrainConfig, folder: Path, results: dict[str, Any]) ->
         )
     told += _memory_lines(last, results)
     if "lag/relative_error" in last:
+        # Measured every so many steps: the weights of the end may need more sweeps, or fewer.
+        step = next(line["step"] for line in reversed(lines) if "lag/relative_error" in line)
         told.append(
-            f"lag of the cached states {last['lag/relative_error']:.3f} of their size; "
+            f"lag of the cached states at step {step}: {last['lag/relative_error']:.3f} of their size; "
             f"{last['lag/sweeps_to_tolerance']:.0f} sweeps make them exact to 1e-4"
         )
     warnings = [verdict["message"] for verdict in facts.get("guards", []) if verdict["status"] == "warning"]

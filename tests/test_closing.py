@@ -72,3 +72,15 @@ def test_only_evaluations_that_the_run_allows_are_suggested(tmp_path: Path, give
     line = closing_lines(real_config(compose(given)), tmp_path, {}).splitlines()[-1]
 
     assert line == f"next:    python evaluate.py run={tmp_path} 'evaluation=[{suggested}]'"
+
+
+def test_lag_is_told_with_the_step_at_which_it_was_measured(tmp_path: Path) -> None:
+    lag = {"lag/relative_error": 0.25, "lag/sweeps_to_tolerance": 7.0}
+    lines = [{"step": 50, "tokens": 8, **lag}, {"step": 60, "tokens": 9, "val/loss": 2.0, "val/perplexity": 7.39}]
+    told(tmp_path, {}, {})
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    found = closing_lines(compose([]), tmp_path, {})
+
+    line = "lag of the cached states at step 50: 0.250 of their size; 7 sweeps make them exact to 1e-4"
+    assert line in found.splitlines()

@@ -29,16 +29,17 @@ def describe_cost(config: TrainConfig) -> str:
         model = build_model(config, data.vocab_size)
     parameters, length = count_parameters(model), config.data.block_length
     flops = model.flops_per_token(length)
+    cache, contexts = _cache_bytes(config, data, model), _context_bytes(config, model, data)
     rows = [
         ("parameters", f"{parameters['total']:,} ({parameters['trainable']:,} trained)"),
         ("forward FLOPs per token", f"{flops:,.0f} at {length} tokens"),
         ("training FLOPs", _training_flops(config, model)),
         ("state per text", f"{model.state_bytes(length):,} bytes after {length} tokens"),
-        ("lagged cache", _cache(config, data.num_train_samples, model.dim)),
-        *_contexts(config, model, data),
+        ("lagged cache", _told(cache, config) if cache else "none"),
+        *([("contexts", _told(contexts, config))] if contexts else []),
         *_steps(config, data),
         ("validation", f"{data.num_validation_samples:,} blocks every {config.trainer.validate_every_steps:,} steps"),
-        ("memory, about", f"{_memory_bytes(config, parameters, data.vocab_size) / 2**20:,.0f} MiB{_of_free(config)}"),
+        *_memory(config, parameters, data, cache + contexts),
     ]
     return "\n".join(f"{name:<24} {value}" for name, value in rows)
 
@@ -125,11 +126,32 @@ def _free_bytes(config: TrainConfig) -> tuple[int, str]:
     return psutil.virtual_memory().available, "of free memory"
 
 
+def _memory(
+    config: TrainConfig, parameters: dict[str, int], data: TextDataModule, kept_bytes: int
+) -> list[tuple[str, str]]:
+    """What the device and the host are to hold; caches and contexts lie in the host's RAM, whatever the device is."""
+    model = _memory_bytes(config, parameters, data.vocab_size)
+    kept = kept_bytes if _where_kept(config) == "ram" else 0
+    # Libraries and data are loaded: this is what they take before there is a model.
+    own = f"program and data take {_mib(psutil.Process().memory_info().rss)} besides, validation and checkpoints come on top"
+    of_kept = f", with {_mib(kept)} of kept states" if kept else ""
+    if config.runtime.accelerator != "gpu":
+        return [("memory, about", f"{_mib(model + kept)} for the model and a batch{of_kept}{_of_free(config)}; {own}")]
+    return [
+        ("GPU memory, about", f"{_mib(model)}{_of_free(config)}"),
+        ("RAM, about", f"{_mib(kept)} of kept states; {own}"),
+    ]
+
+
+def _mib(nbytes: float) -> str:
+    return f"{nbytes / 2**20:,.0f} MiB"
+
+
 def _of_free(config: TrainConfig) -> str:
     if config.runtime.accelerator == "gpu" and not torch.cuda.is_available():
         return ""  # the run is meant for another machine
     free, where = _free_bytes(config)
-    return f", there are {free / 2**20:,.0f} MiB {where}"
+    return f", there are {_mib(free)} {where}"
 
 
 def _copies(parameters: dict[str, int], config: TrainConfig) -> float:
@@ -139,11 +161,19 @@ def _copies(parameters: dict[str, int], config: TrainConfig) -> float:
     return value * (parameters["total"] + 3 * parameters["trainable"] + average)
 
 
-def _contexts(config: TrainConfig, model: LanguageModel, data: TextDataModule) -> list[tuple[str, str]]:
-    """What is kept of every position of the training text, of procedures that keep something."""
+def _where_kept(config: TrainConfig) -> str:
+    """Where a procedure keeps states of the training text: ram, disk or none."""
+    return getattr(config.trainer, "cache", "ram")
+
+
+def _told(nbytes: int, config: TrainConfig) -> str:
+    return f"{nbytes:,} bytes ({_where_kept(config)})"
+
+
+def _context_bytes(config: TrainConfig, model: LanguageModel, data: TextDataModule) -> int:
+    """Bytes kept of every position of the training text, of procedures that keep something."""
     values = training_module_class(config.trainer.kind).kept_values(model)
-    kept = 4 * values * data.num_train_samples * config.data.block_length
-    return [("contexts", f"{kept:,} bytes ({getattr(config.trainer, 'cache', 'ram')})")] if kept else []
+    return 4 * values * data.num_train_samples * config.data.block_length
 
 
 def _steps(config: TrainConfig, data: TextDataModule) -> list[tuple[str, str]]:
@@ -178,12 +208,12 @@ def _sweeps(config: TrainConfig) -> int:
     return 1 if sweeps == "auto" else sweeps
 
 
-def _cache(config: TrainConfig, num_samples: int, dim: int) -> str:
-    kind = getattr(config.trainer, "cache", "none")
-    if kind == "none" or not hasattr(config.trainer, "cache_dtype"):
-        return "none"
+def _cache_bytes(config: TrainConfig, data: TextDataModule, model: LanguageModel) -> int:
+    """Bytes of the lagged cache; 0 where there is none."""
+    if _where_kept(config) == "none" or not hasattr(config.trainer, "cache_dtype"):
+        return 0
     dtype = DTYPES[config.trainer.cache_dtype]
-    return f"{cache_bytes(num_samples, config.data.block_length, dim, dtype):,} bytes ({kind})"
+    return cache_bytes(data.num_train_samples, config.data.block_length, model.dim, dtype)
 
 
 def _memory_bytes(config: TrainConfig, parameters: dict[str, int], vocab_size: int) -> float:

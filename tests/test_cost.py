@@ -9,7 +9,7 @@ import torch
 
 from newllm.config.compose import compose
 from newllm.config.typed import real_config
-from newllm.cost import check_memory, out_of_memory
+from newllm.cost import check_memory, describe_cost, out_of_memory
 from newllm.losses.next_token import NextTokenLoss
 from newllm.run import run_training
 
@@ -24,6 +24,9 @@ PROBE = [
         "schedule.warmup_steps=1",
     ),
 ]
+
+
+LAGGED = ["model=infini", "layers=all_infini", "trainer=lct"]
 
 
 def told(*overrides: str) -> str:
@@ -79,3 +82,26 @@ def test_a_run_that_finds_no_memory_says_what_fits(tmp_path: Path, monkeypatch: 
         run_training(compose(given), tmp_path / "run", given)
 
     assert "which make the same steps" in (tmp_path / "run" / "FAILED").read_text()
+
+
+@pytest.mark.parametrize(("cache", "is_kept"), [("ram", True), ("disk", False), ("none", False)])
+def test_cost_counts_a_lagged_cache_in_ram_as_memory(
+    monkeypatch: pytest.MonkeyPatch, cache: str, is_kept: bool
+) -> None:
+    monkeypatch.setattr("newllm.cost.cache_bytes", lambda *_: 3 * 2**30)
+
+    line = describe_cost(real_config(compose([*PROBE, *LAGGED, f"trainer.cache={cache}"]))).splitlines()[-1]
+
+    assert line.startswith("memory, about ")
+    assert ("with 3,072 MiB of kept states" in line) == is_kept
+    assert (" 3,07" in line.split(" MiB ")[0]) == is_kept
+
+
+def test_cost_of_a_gpu_run_counts_the_lagged_cache_in_ram(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("newllm.cost.cache_bytes", lambda *_: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    lines = describe_cost(real_config(compose([*PROBE, *LAGGED, "runtime=gpu"]))).splitlines()[-2:]
+
+    assert re.fullmatch(r"GPU memory, about +\d MiB", lines[0])
+    assert re.match(r"RAM, about +3,072 MiB of kept states; program and data take [\d,]+ MiB besides", lines[1])

@@ -14,6 +14,7 @@ from newllm.cost import describe_cost
 from newllm.run import run_training
 from newllm.trainers.batch_size import batch_size_for
 from newllm.trainers.context_cache import ContextCache
+from newllm.trainers.cvfp_phase1 import CvfpPhase1Module
 
 ONE_TEXT = "trainer.reset_at_document=false"
 UNTRAINED = "trainer.phase1=untrained"
@@ -94,6 +95,19 @@ def test_cost_is_told_in_contexts_and_positions(trainer: str, option: str, conte
     told = dict(line.split(maxsplit=1) for line in describe_cost(small_config(trainer, option)).splitlines())
 
     assert (told["contexts"], told["steps"]) == (contexts, steps)
+
+
+@pytest.mark.parametrize(("cache", "kept"), [("ram", 60), ("disk", 0)])
+def test_cost_counts_contexts_kept_in_ram_as_memory(monkeypatch: pytest.MonkeyPatch, cache: str, kept: int):
+    monkeypatch.setattr(CvfpPhase1Module, "kept_values", classmethod(lambda cls, model: 60 * 2**20 // (4 * 120)))
+    config = small_config("cvfp_phase1", f"trainer.cache={cache}")
+
+    line = describe_cost(config).splitlines()[-1]
+
+    part = f" for the model and a batch, with {kept} MiB of kept states" if kept else " for the model and a batch"
+    assert f"{part}, there are " in line
+    assert int(line.split()[2]) in (kept, kept + 1)
+    assert " MiB besides, validation and checkpoints come on top" in line
 
 
 def test_contexts_that_do_not_fit_are_refused_with_both_figures(tmp_path: Path, monkeypatch):

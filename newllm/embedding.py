@@ -105,7 +105,8 @@ def run_table(folder: Path, data: TextDataModule) -> Tensor:
     Raises:
         ValueError: there is no such run, or its tokens are others than these data's.
     """
-    weights = read_checkpoint(checkpoint_path(folder, "best"))["state_dict"]
+    path = checkpoint_path(folder, "best")
+    weights = read_checkpoint(path, advice="Train that run again, or name another one.")["state_dict"]
     theirs = (folder / "tokenizer.json").read_text(encoding="utf-8") if (folder / "tokenizer.json").is_file() else None
     ours = None if data.tokenizer is None else data.tokenizer.to_json()
     if theirs != ours:

@@ -87,9 +87,12 @@ def checkpoint_path(folder: Path, which: CheckpointName) -> Path:
     return path
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, *, advice: str) -> dict[str, Any]:
     """Return a checkpoint's contents on the CPU; nothing but plain containers and tensors is ever unpickled.
 
+    Args:
+        path: file that train.py wrote.
+        advice: what to do if it is damaged, a sentence.
     Raises:
         ValueError: the file is damaged.
     """
@@ -103,9 +106,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{path}: is damaged ({first_line}). Allowed: a checkpoint that train.py wrote. "
-            "Use the run's other checkpoint (best.ckpt, last.ckpt) or train again."
+            f"{path}: is damaged ({first_line}). Allowed: a checkpoint that train.py wrote. {advice}"
         ) from error
+
+
+def resumed_checkpoint(folder: Path) -> Path:
+    """Return the path of the checkpoint that a run goes on from, found whole.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = checkpoint_path(folder, "last")
+    best = path.with_name("best.ckpt")
+    kept = f" What it had learned is still in {best}." if best.is_file() else ""
+    read_checkpoint(path, advice=f"No run goes on from another one: start the run again without resume.{kept}")
+    return path
 
 
 def load_run(folder: str | Path, checkpoint: CheckpointName = "best") -> LoadedRun:
@@ -115,18 +130,27 @@ def load_run(folder: str | Path, checkpoint: CheckpointName = "best") -> LoadedR
         folder: run folder that train.py wrote.
         checkpoint: "best" by validation loss, or "last".
     Raises:
-        ValueError: no run there, no checkpoint, a damaged one, or one whose weights this version does not have.
+        ValueError: no run there, a damaged record, no checkpoint, a damaged one, or one whose weights this version does not have.
     """
     record = read_run(folder)
     config = real_config(read_config(record.folder / "config.yaml"))
     path = checkpoint_path(record.folder, checkpoint)
-    contents = read_checkpoint(path)
+    vocab_size = record.facts.get("vocab_size")
+    if not isinstance(vocab_size, int):
+        raise ValueError(
+            f"{record.folder / 'run.json'}: has no vocab_size. Allowed: what train.py wrote. Bring back the run's own, or train again."
+        )
+    other: CheckpointName = "last" if checkpoint == "best" else "best"
+    use_other = (
+        f"Use {other}.ckpt (checkpoint={other}) or train" if path.with_name(f"{other}.ckpt").is_file() else "Train"
+    )
+    contents = read_checkpoint(path, advice=f"{use_other} again.")
     weights = {
         name.removeprefix("model."): tensor
         for name, tensor in contents["state_dict"].items()
         if name.startswith("model.")
     }
-    model = build_model(config, record.facts["vocab_size"])
+    model = build_model(config, vocab_size)
     # A run in float64 keeps its digits.
     model.to(next(iter(weights.values())).dtype)
     differing = sorted(weights.keys() ^ model.state_dict().keys())

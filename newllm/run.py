@@ -55,7 +55,7 @@ from newllm.hardware import (
 )
 from newllm.host_memory import keep_freed_memory
 from newllm.launch import agreed, joined
-from newllm.load import checkpoint_path, load_run, read_checkpoint
+from newllm.load import load_run, resumed_checkpoint
 from newllm.models.base import LanguageModel, count_parameters
 from newllm.models.create import build_model, load_published
 from newllm.report.curves import draw_curves
@@ -195,9 +195,8 @@ def _quieten() -> None:
 
 def _prepare(config: TrainConfig, folder: Path) -> Prepared:
     """Build everything, or say what cannot be; nothing is written but the cache of tokenised texts."""
-    checkpoint = None if config.resume is None or _is_in_first_run(folder) else checkpoint_path(folder, "last")
-    if checkpoint is not None:
-        read_checkpoint(checkpoint)
+    checkpoint = None if config.resume is None or _is_in_first_run(folder) else resumed_checkpoint(folder)
+    read_metrics(folder)  # a damaged line is told before anything is built: training goes on after the last one
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     saved = folder / "tokenizer.json"
     data = build_data(config, tokenizer_file=saved if config.resume is not None and saved.is_file() else None)

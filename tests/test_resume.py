@@ -141,3 +141,32 @@ def test_evaluation_reproduces_what_the_run_logged(text: Path, tmp_path: Path):
 
     assert set(results["reproduced"]) == {"val/loss", "val/perplexity", "val/bits_per_byte", "val/accuracy"}
     assert all(entry["equal"] for entry in results["reproduced"].values()), results["reproduced"]
+
+
+def _refused(folder: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        train(folder, text, *INFINI, f"resume={folder}")
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_damage_in_an_interrupted_run_is_refused_before_it_goes_on(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    train(folder, text, *INFINI, "stop_at_step=4")
+    metrics = folder / "metrics.jsonl"
+    whole, record = metrics.read_text(), (folder / "run.json").read_text()
+
+    metrics.write_text("garbage\n" + whole)
+    assert f"{metrics}:1: is damaged" in _refused(folder, text, capsys)
+    metrics.write_text(whole)
+    checkpoints = folder / "checkpoints"
+    (checkpoints / "last.ckpt").write_bytes(b"torn")
+    said = _refused(folder, text, capsys)
+    assert "last.ckpt: is damaged" in said
+    assert "start the run again without resume. What it had learned is still in" in said
+    (checkpoints / "best.ckpt").unlink()
+    assert _refused(folder, text, capsys).endswith("start the run again without resume.\n")
+
+    assert (folder / "run.json").read_text() == record

@@ -67,7 +67,7 @@ def read_first_phase(folder: Path, config: TrainConfig, data: TextDataModule, mo
     if not (inside / "DONE").exists():
         raise ValueError(f"{where}: has not finished (no DONE). {allowed} Go on with it first: resume={inside}.")
     facts = read_run(inside).facts
-    contents = read_checkpoint(checkpoint_path(inside, "last"))
+    contents = read_checkpoint(checkpoint_path(inside, "last"), advice="Make phase 1 again, or name another run of it.")
     differences = [*_different_keys(theirs, config), *_different_data(facts, data)]
     if config.resume is None:  # a resumed run's embedding comes with its checkpoint
         differences += _different_embedding(contents["state_dict"], model)

@@ -175,7 +175,19 @@ def test_damaged_checkpoint_is_refused(trained, tmp_path, capsys):
     path = folder / "checkpoints" / "best.ckpt"
     path.write_bytes(path.read_bytes()[:1000])
 
-    assert "best.ckpt: is damaged" in refused(folder, capsys)
+    said = refused(folder, capsys)
+
+    assert "best.ckpt: is damaged" in said
+    assert said.endswith("wrote. Use last.ckpt (checkpoint=last) or train again.\n")
+    (folder / "checkpoints" / "last.ckpt").unlink()
+    assert refused(folder, capsys).endswith("wrote. Train again.\n")
+
+
+def test_record_without_what_the_model_needs_is_refused(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    (folder / "run.json").write_text("{}")
+
+    assert "run.json: has no vocab_size. Allowed: what train.py wrote." in refused(folder, capsys)
 
 
 def test_checkpoint_with_one_changed_byte_is_refused(trained, tmp_path, capsys):

@@ -156,10 +156,10 @@ class MemorySession:
         self._set_frozen(banks, is_frozen=False)
 
     def save(self, path: str | Path) -> None:
-        """Write the memory to a file, whole or not at all.
+        """Write the memory to a file, whole or not at all; folders on the way to it are made.
 
         Raises:
-            ValueError: the model has no memory, or it holds numbers that are not finite.
+            ValueError: the model has no memory, it holds numbers that are not finite, or no file can be written there.
         """
         self._check_has_memory("save")
         save_memory(path, self.model, self.state)
@@ -168,7 +168,7 @@ class MemorySession:
         """Write some banks of every memory layer to a file, to be loaded into banks of other sessions.
 
         Raises:
-            ValueError: a bank that does not exist, or numbers that are not finite.
+            ValueError: a bank that does not exist, numbers that are not finite, or no file can be written there.
         """
         check_banks(banks, self.model, where="export")
         save_banks(path, self.model, self.state, banks)

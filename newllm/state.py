@@ -86,18 +86,31 @@ class State:
         """Write the state as safetensors, whole or not at all.
 
         Args:
-            path: file to write.
+            path: file to write; folders on the way to it are made.
             metadata: further strings for the header, for instance the fingerprint of the model the state belongs to.
+        Raises:
+            ValueError: no file can be written there; the state is as it was.
         """
         from safetensors.torch import save as serialize
 
+        advice = (
+            "Allowed: a path of a file on a disk that takes it. What was to be saved is still here: save it elsewhere."
+        )
+        if Path(path).is_dir():
+            raise ValueError(f"{path}: is a folder. {advice}")
         header = {"format": FORMAT_VERSION, "kind": type(self).__name__, **(metadata or {})}
         tensors = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in tensors_of(self).items()
         }
-        with whole_file(Path(path)) as file:
-            file.write(serialize(tensors, metadata=header))
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(Path(path)) as file:
+                file.write(serialize(tensors, metadata=header))
+        except OSError as error:
+            is_blocked = isinstance(error, FileExistsError | NotADirectoryError)
+            reason = "a folder on the way is a file" if is_blocked else error.strerror
+            raise ValueError(f"{path}: cannot be written ({reason}). {advice}") from error
 
     def load(self, path: str | Path) -> Self:
         """Return the state that `save` wrote, with the structure of this one (for instance a model's `initial_state`).

@@ -120,3 +120,21 @@ def test_groups_of_rows_run_apart_and_come_back_in_order():
     assert output.flatten().tolist() == [2, 5, 2, 5]
     assert after.lengths == (2, 5, 2, 5)
     assert calls == [2, 2]
+
+
+def test_saving_makes_the_folders_on_the_way(tmp_path):
+    path = tmp_path / "new" / "folder" / "state.safetensors"
+
+    example().save(path)
+
+    assert torch.equal(example().load(path).matrix, example().matrix)
+
+
+def test_saving_where_no_file_can_be_names_the_path_that_was_given(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: is a folder\. Allowed: .* save it elsewhere\.$"):
+        example().save(tmp_path)
+    below = tmp_path / "file" / "state.safetensors"
+    with pytest.raises(ValueError, match=rf"^{below}: cannot be written \(a folder on the way is a file\)\."):
+        example().save(below)

@@ -1,6 +1,5 @@
 """`python -m newllm.report <folders>`: compare runs in a page, a table in the terminal, pictures and a CSV file."""
 
-import argparse
 import difflib
 import os
 import shutil
@@ -8,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from newllm.arguments import Parser, folder
+from newllm.config.command_line import refuse
 from newllm.report.collect import RunCurves, Unreadable, collect
 from newllm.report.groups import Group, group_runs
 from newllm.report.page import page
@@ -19,6 +20,7 @@ from newllm.report.tables import (
     as_text,
     beside_each_other,
     cost_table,
+    counted,
     difference_table,
     guard_table,
     result_table,
@@ -76,8 +78,9 @@ def _tell(results: Table, differences: Table, summary: str, unreadable: Sequence
 
 def _no_run(folders: Sequence[Path], unreadable: Sequence[Unreadable]) -> str:
     found = "".join(f"\n  {item.folder}: {item.reason}" for item in unreadable)
+    hold = "holds" if len(folders) == 1 else "hold"
     return (
-        f"report: {', '.join(map(str, folders))} hold no run that can be read. Allowed: folders that train.py wrote, "
+        f"report: {', '.join(map(str, folders))} {hold} no run that can be read. Allowed: folders that train.py wrote, "
         f"or folders of such. Check the paths.{found}"
     )
 
@@ -108,8 +111,10 @@ def _baseline(groups: Sequence[Group], wanted: str | None) -> Group:
 def _summary(runs: Sequence[RunCurves], groups: Sequence[Group], unreadable: Sequence[Unreadable]) -> str:
     statuses = [run.status for run in runs]
     told = ", ".join(f"{statuses.count(status)} {status}" for status in sorted(set(statuses)))
-    more = f"; {len(unreadable)} folders not readable" if unreadable else ""
-    return f"{len(runs)} runs of {len(groups)} configurations ({told}){more}"
+    repeated = any(group.num_finished > len(group.by_seed) for group in groups)
+    more = "; of finished runs with the same seed the last one counts" if repeated else ""
+    more += f"; {counted(len(unreadable), 'folder')} not readable" if unreadable else ""
+    return f"{counted(len(runs), 'run')} of {counted(len(groups), 'configuration')} ({told}){more}"
 
 
 def _single_curves(groups: Sequence[Group]) -> list[tuple[str, Path]]:
@@ -124,24 +129,22 @@ def _single_curves(groups: Sequence[Group]) -> list[tuple[str, Path]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 when the report is written, 2 when there is nothing to report."""
-    parser = argparse.ArgumentParser(prog="python -m newllm.report", description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold them")
+    parser = Parser(prog="python -m newllm.report", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=folder, help="run folders, or folders that hold them")
     parser.add_argument("--metric", default="val/loss", help="what is compared (val/loss)")
     parser.add_argument(
         "--baseline", help="letter or part of the label of the configuration to compare with (the best)"
     )
-    parser.add_argument("--output", type=Path, help="folder of the report (where the runs are)")
+    parser.add_argument("--output", type=folder, help="folder of the report (where the runs are)")
     given = parser.parse_args(arguments)
     try:
         report(given.folders, metric=given.metric, baseline=given.baseline, output=given.output)
     except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+        refuse([str(error)])
     except BrokenPipeError:  # who reads the table (head, less) has seen enough; the page is written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"report: {error}. Allowed: a folder that can be written. Choose another with --output.", file=sys.stderr)
-        return 2
+        refuse([f"report: {error}. Allowed: a folder that can be written. Choose another with --output."])
     return 0
 
 

@@ -5,13 +5,16 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from matplotlib.figure import Figure
 
+from newllm.arguments import Parser, folder
+from newllm.config.command_line import refuse as refuse_all
 from newllm.report.collect import RunCurves, collect
 from newllm.report.evaluated import with_measurement
 from newllm.report.style import save_png
-from newllm.report.tables import Table, as_text
+from newllm.report.tables import Table, as_text, counted
 
 
 def parser_of(name: str, about: str | None, *, picture: str | None = None) -> argparse.ArgumentParser:
@@ -22,10 +25,10 @@ def parser_of(name: str, about: str | None, *, picture: str | None = None) -> ar
         about: what the command does.
         picture: file name that the picture has if no other is asked for.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m newllm.report.{name}", description=about)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold them")
+    parser = Parser(prog=f"python -m newllm.report.{name}", description=about)
+    parser.add_argument("folders", nargs="+", type=folder, help="run folders, or folders that hold them")
     if picture is not None:
-        parser.add_argument("--output", type=Path, help=f"picture to write ({picture} in the first folder)")
+        parser.add_argument("--output", type=folder, help=f"picture to write ({picture} in the first folder)")
         parser.set_defaults(picture=picture)
     return parser
 
@@ -46,10 +49,9 @@ def measured_runs(runs: Sequence[RunCurves], name: str) -> list[RunCurves]:
     return measured
 
 
-def refuse(runs: Sequence[RunCurves], lacking: str, allowed: str) -> int:
-    """Say why there is nothing to tell, and return the exit code for it."""
-    print(f"report: none of {len(runs)} runs {lacking}. Allowed: {allowed}", file=sys.stderr)
-    return 2
+def refuse(runs: Sequence[RunCurves], lacking: str, allowed: str) -> NoReturn:
+    """Say why there is nothing to tell, and end with exit code 2."""
+    refuse_all([f"report: none of {counted(len(runs), 'run')} {lacking}. Allowed: {allowed}"])
 
 
 def show(tables: Iterable[Table]) -> None:

@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = readable_runs(given.folders)
     if not any(points(run.lines, "context/norm_mean")[0] for run in runs):
         allowed = "at least one run of a model with a context. Train one, for instance with sweep=context_updates."
-        return refuse(runs, "has logged context/norm_mean", allowed)
+        refuse(runs, "has logged context/norm_mean", allowed)
     groups = group_runs(runs, METRIC)
     show([norm_table(groups)])
     keep(draw_contexts(groups), given)

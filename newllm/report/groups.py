@@ -28,6 +28,11 @@ class Group:
     runs: Sequence[RunCurves]
 
     @property
+    def num_finished(self) -> int:
+        """Finished runs, several with one seed included."""
+        return sum(run.status == "finished" for run in self.runs)
+
+    @property
     def by_seed(self) -> dict[int, RunCurves]:
         """Finished runs by seed; of several with one seed the one that started last."""
         finished = [run for run in self.runs if run.status == "finished"]

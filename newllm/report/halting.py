@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     frontiers = frontiers_of([*measured_runs(learned, "halting"), *measured_runs(fixed, "perplexity")])
     if not frontiers:
         measure = "python evaluate.py run=<folder> evaluation=[halting]"
-        return refuse(runs, "has finished with evaluation=[halting]", f"at least one. Wait, or measure: {measure}.")
+        refuse(runs, "has finished with evaluation=[halting]", f"at least one. Wait, or measure: {measure}.")
     show([halting_table(frontiers)])
     keep(draw_halting(frontiers), given)
     return 0

@@ -7,6 +7,7 @@ from math import exp
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from newllm.config.command_line import refuse as refuse_all
 from newllm.report.command import keep, measured_runs, parser_of, readable_runs, refuse, show
 from newllm.report.segments import Corpus, Reader, Segments, corpora_of
 from newllm.report.style import COLOURS, FAINT, new_figure, styled, tidy
@@ -131,11 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         corpora = corpora_of(measured_runs(runs, "memory"))
     except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+        refuse_all([str(error)])
     if not corpora:
         measure = "python evaluate.py run=<folder> evaluation=[memory]"
-        return refuse(runs, "has finished with evaluation=[memory]", f"at least one. Wait, or measure: {measure}.")
+        refuse(runs, "has finished with evaluation=[memory]", f"at least one. Wait, or measure: {measure}.")
     show(map(segment_table, corpora))
     keep(draw_segments(corpora), given)
     return 0

@@ -31,13 +31,13 @@ def table(groups: Sequence[Group]) -> str:
     """
     titles = [f"{title}, {text}" for title in ("converged", "effective rank", "fixed-point loss") for text in TEXTS]
     titles += [f"diversity loss, {text}" for text in TEXTS]
-    head = ["configuration", "runs", *titles, "iterations", "val/perplexity", "val/accuracy"]
+    head = ["configuration", "seeds", "finished", *titles, "iterations", "val/perplexity", "val/accuracy"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for group in groups:
         runs = list(group.by_seed.values())
         if not any(has_phase1(run) for run in runs):
             continue
-        cells = [group.label, f"{len(runs)}/{len(group.runs)}"]
+        cells = [group.label, str(len(runs)), f"{group.num_finished}/{len(group.runs)}"]
         cells += [_pooled(_told(runs, text, "converged_share")) for text in TEXTS]
         cells += [_rank(_told(runs, text, "effective_rank", "uncentred")) for text in TEXTS]
         cells += [_spread(_told(runs, text, f"{loss}_loss")) for loss in ("fixed_point", "diversity") for text in TEXTS]
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     groups = group_runs(runs, METRIC)
     if not any(has_phase1(run) for group in groups for run in group.by_seed.values()):
         kinds = "at least one finished run of trainer=cvfp, cvfp_phase1 or cvfp_phase2"
-        return refuse(runs, "has finished a phase 1", f"{kinds}. Train one, for instance with sweep=diversity.")
+        refuse(runs, "has finished a phase 1", f"{kinds}. Train one, for instance with sweep=diversity.")
     print(f"{table(groups)}\n\n{_note()}")
     return 0
 
@@ -117,7 +117,7 @@ def _note() -> str:
         "Contexts under the last weights, swept from zeros without noise. Converged, fixed-point loss: in the last of as many sweeps "
         "as there were iterations; contexts that moved less than trainer.converged_threshold, summed over seeds. Effective rank, "
         "diversity loss: of contexts swept on to the tolerance; rank of singular values, not centred, over the width. "
-        "Predictions: exact recurrence, last validation. runs: finished / all."
+        "Predictions: exact recurrence, last validation. finished: runs / all, of several with one seed the last one counts."
     )
 
 

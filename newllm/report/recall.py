@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     probes = probes_of(measured_runs(runs, "recall"))
     if not probes:
         measure = "python evaluate.py run=<folder> evaluation=[recall]"
-        return refuse(runs, "has finished with evaluation=[recall]", f"at least one. Wait, or measure: {measure}.")
+        refuse(runs, "has finished with evaluation=[recall]", f"at least one. Wait, or measure: {measure}.")
     show(table for probe in probes for table in (recall_table(probe), *slice_tables(probe)))
     keep(draw_state_vs_recall(probes), given)
     return 0

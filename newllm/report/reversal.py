@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = readable_runs(given.folders)
     measured = measured_runs(runs, "reversal")
     if not measured:
-        return refuse(runs, "has measured the reversal", "runs with evaluation=[reversal]. Run evaluate.py with it.")
+        refuse(runs, "has measured the reversal", "runs with evaluation=[reversal]. Run evaluate.py with it.")
     print(table(group_runs(measured, "val/loss")))
     return 0
 

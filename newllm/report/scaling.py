@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from newllm.arguments import folder
+from newllm.config.command_line import refuse
 from newllm.report.collect import RunCurves
 from newllm.report.command import parser_of, readable_runs, show
 from newllm.report.groups import Group, group_runs
@@ -245,14 +247,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("scaling", __doc__)
     parser.add_argument("--window", type=int, default=WINDOW, help=f"sizes in a window ({WINDOW})")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help=f"for the intervals ({RESAMPLES})")
-    parser.add_argument("--output", type=Path, help="folder of the files (the first folder)")
+    parser.add_argument("--output", type=folder, help="folder of the files (the first folder)")
     given = parser.parse_args(arguments)
     runs = readable_runs(given.folders)
     try:
         found = progressions(runs, window=given.window, resamples=given.resamples)
     except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+        refuse([str(error)])
     numbers, picture = write_progressions(found, given.output or given.folders[0])
     table = progression_table(found)
     show([table])

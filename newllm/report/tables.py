@@ -46,6 +46,11 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:#.4g}"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things in words."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def spread(values: Sequence[float]) -> str:
     """Return mean and standard deviation, as `5.602 +- 0.011`; the deviation with the digits of the mean."""
     if not values:
@@ -64,11 +69,17 @@ def result_table(groups: Sequence[Group], metric: str, *, beside: Sequence[str] 
         finished = group.by_seed.values()
         best = [value for value in (run.best(metric) for run in finished) if value is not None]
         measured = [spread(list(group.values(name).values())) for name in beside]
-        told = [f"{len(finished)}/{len(group.runs)}", spread(list(group.values(metric).values())), spread(best)]
+        told = [
+            str(len(finished)),
+            f"{group.num_finished}/{len(group.runs)}",
+            spread(list(group.values(metric).values())),
+            spread(best),
+        ]
         rows.append([group.letter, group.label, *told, *measured])
-    columns = ["", "configuration", "runs", f"{metric} last", f"{metric} best", *beside]
+    columns = ["", "configuration", "seeds", "finished", f"{metric} last", f"{metric} best", *beside]
     note = (
-        "Mean +- standard deviation (n - 1) over the seeds of finished runs; runs: finished / all. "
+        "Mean +- standard deviation (n - 1) over the seeds of finished runs; finished: runs / all, of several with one seed the last "
+        "one counts. "
         "Losses in nats per token."
     )
     return Table("Results", columns, rows, note, frozenset((0, 1)))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,11 @@ def write_comparison(folder: Path, *, seeds: int = 3) -> Path:
             config = {"model": {"kind": model}}
             write_run(folder / f"{model}_{seed}", seed=seed, losses=(4.0, loss), config=config)
     return folder
+
+
+def exit_code(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> Any:
+    """Return how a command ends; refusals leave it as the exit of a program."""
+    try:
+        return main(arguments)
+    except SystemExit as stopped:
+        return stopped.code

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from made_runs import write_run
+from made_runs import exit_code, write_run
 
 from newllm.report.collect import RunCurves, collect
 from newllm.report.contexts import LEAD_STEPS, draw_contexts, excursion, lead, main, norm_table, spike_steps
@@ -118,7 +118,7 @@ def test_the_command_writes_the_picture_and_refuses_runs_without_contexts(
     write_curves(tmp_path / "without" / "a", update=None)
 
     assert main([str(tmp_path / "with")]) == 0
-    assert main([str(tmp_path / "without")]) == 2
+    assert exit_code(main, [str(tmp_path / "without")]) == 2
 
     assert (tmp_path / "with" / "contexts.png").read_bytes().startswith(b"\x89PNG")
-    assert "none of 1 runs has logged context/norm_mean. Allowed: at least one run" in capsys.readouterr().err
+    assert "none of 1 run has logged context/norm_mean. Allowed: at least one run" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import write_evaluation, write_run
+from made_runs import exit_code, write_evaluation, write_run
 
 from newllm.report.collect import collect
 from newllm.report.halting import frontiers_of, halting_table, main
@@ -107,5 +107,5 @@ def test_fixed_steps_measured_on_another_split_are_no_line_to_compare_with(
 def test_runs_without_the_measurement_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_run(tmp_path / "run")
 
-    assert main([str(tmp_path)]) == 2
-    assert "none of 1 runs has finished with evaluation=[halting]" in capsys.readouterr().err
+    assert exit_code(main, [str(tmp_path)]) == 2
+    assert "none of 1 run has finished with evaluation=[halting]" in capsys.readouterr().err

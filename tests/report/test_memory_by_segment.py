@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import write_evaluation, write_run
+from made_runs import exit_code, write_evaluation, write_run
 
 from newllm.report.collect import collect
 from newllm.report.memory import draw_segments, main, segment_table
@@ -170,7 +170,7 @@ def test_seeds_that_read_different_texts_are_refused(folder: Path, capsys: pytes
     found["memory"]["by_text"] = found["memory"]["by_text"][:1]
     path.write_text(json.dumps(found))
 
-    assert main([str(folder)]) == 2
+    assert exit_code(main, [str(folder)]) == 2
 
     assert (
         f"{folder / 'c'}: evaluation=[memory] was measured on other texts than in {folder / 'b'}."
@@ -185,5 +185,5 @@ def test_the_command_writes_the_picture_and_says_what_is_missing(
     assert (folder / "memory_by_segment.png").read_bytes().startswith(b"\x89PNG")
     assert "stdlib, segments of 4 tokens" in capsys.readouterr().out
 
-    assert main([str(folder / "e")]) == 2
-    assert "report: none of 1 runs has finished with evaluation=[memory]" in capsys.readouterr().err
+    assert exit_code(main, [str(folder / "e")]) == 2
+    assert "report: none of 1 run has finished with evaluation=[memory]" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import write_run
+from made_runs import exit_code, write_run
 
 from newllm.report.phase1 import main
 
@@ -53,7 +53,8 @@ def test_every_figure_of_phase_1_and_of_its_predictions_is_told(
     found = rows(capsys.readouterr().out)
     assert found["loss.name=odcm"] == {
         "configuration": "loss.name=odcm",
-        "runs": "2/2",
+        "seeds": "2",
+        "finished": "2/2",
         "converged, train": "85.0% (3,400/4,000)",
         "converged, validation": "85.0% (340/400)",
         "effective rank, train": "62.5 +- 17.7% (20.0/32)",
@@ -90,5 +91,5 @@ def test_a_phase_1_alone_and_one_left_out_are_told_as_far_as_they_go(
 def test_runs_without_a_phase_1_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run")
 
-    assert main([str(tmp_path)]) == 2
-    assert "none of 1 runs has finished a phase 1. Allowed: at least one finished run" in capsys.readouterr().err
+    assert exit_code(main, [str(tmp_path)]) == 2
+    assert "none of 1 run has finished a phase 1. Allowed: at least one finished run" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import write_evaluation, write_run
+from made_runs import exit_code, write_evaluation, write_run
 
 from newllm.report.collect import collect
 from newllm.report.groups import memory_name
@@ -232,12 +232,21 @@ def test_the_command_tells_and_draws(sweep: Path, capsys: pytest.CaptureFixture[
     assert shown.endswith(f"picture: {sweep / 'state_vs_recall.png'}\n")
 
 
+def test_runs_of_plain_text_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "one", config={"data": {"kind": "stdlib"}}, metrics={METRIC: 0.4})
+    write_evaluation(folder, {"perplexity": {"accuracy": 0.4}})
+
+    assert exit_code(main, [str(tmp_path)]) == 2
+
+    assert "report: none of 1 run has finished with evaluation=[recall]." in capsys.readouterr().err
+    assert not (tmp_path / "state_vs_recall.png").exists()
+
+
 def test_runs_that_have_not_finished_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "one", status="failed")
 
-    assert main([str(tmp_path)]) == 2
+    assert exit_code(main, [str(tmp_path)]) == 2
 
     assert (
-        "report: none of 1 runs has finished with evaluation=[recall]. Allowed: at least one."
-        in capsys.readouterr().err
+        "report: none of 1 run has finished with evaluation=[recall]. Allowed: at least one." in capsys.readouterr().err
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_runs import write_comparison, write_run
+from made_runs import exit_code, write_comparison, write_run
 
 from newllm.report.__main__ import main
 from newllm.report.collect import collect
@@ -78,8 +78,8 @@ def test_result_table_by_hand(tmp_path: Path) -> None:
 
     rows = result_table(groups, "val/loss").rows
 
-    assert rows[0][:4] == ["A", "model=infini", "3/3", "2.5000 +- 0.5000"]
-    assert rows[1][:4] == ["B", "model=pythia", "3/3", "2.7000 +- 0.6000"]
+    assert rows[0][:5] == ["A", "model=infini", "3", "3/3", "2.5000 +- 0.5000"]
+    assert rows[1][:5] == ["B", "model=pythia", "3", "3/3", "2.7000 +- 0.6000"]
 
 
 def test_difference_table_by_hand(tmp_path: Path) -> None:
@@ -101,8 +101,24 @@ def test_only_finished_runs_count_and_the_later_of_two_with_one_seed(tmp_path: P
     (group,) = groups_of(tmp_path)
 
     assert group.values("val/loss") == {0: 3.0}
-    assert result_table([group], "val/loss").rows[0][2:4] == ["1/3", "3.0000"]
+    assert result_table([group], "val/loss").rows[0][2:5] == ["1", "2/3", "3.0000"]
     assert [row[2] for row in runs_table([group], "val/loss").rows] == ["finished", "finished", "failed"]
+
+
+def test_several_runs_of_one_seed_are_told_as_runs_of_one_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in range(3):
+        write_run(tmp_path / f"finished_{place}")
+    write_run(tmp_path / "stopped", status="stopped")
+
+    assert main([str(tmp_path)]) == 0
+
+    told = capsys.readouterr().out
+    assert (
+        "4 runs of 1 configuration (3 finished, 1 stopped); of finished runs with the same seed the last one counts\n"
+        in told
+    )
 
 
 def test_settings_table_shows_only_what_differs(tmp_path: Path) -> None:
@@ -198,7 +214,7 @@ def test_unreadable_folders_are_listed_and_the_rest_is_shown(
     assert main([str(tmp_path), str(tmp_path / "nowhere"), "--output", str(tmp_path)]) == 0
 
     told, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()
-    assert "3 runs of 1 configurations (3 finished); 4 folders not readable" in told
+    assert "3 runs of 1 configuration (3 finished); 4 folders not readable" in told
     for text in (
         "run.json: is missing",
         "metrics.jsonl:1: is damaged",
@@ -242,7 +258,10 @@ def test_hidden_folders_and_copies_are_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{folder}/nowhere"], r"nowhere hold no run that can be read. Allowed: folders that train.py wrote"),
+        (["{folder}/nowhere"], r"nowhere holds no run that can be read. Allowed: folders that train.py wrote"),
+        (["{folder}/nowhere", "{folder}/neither"], r"nowhere, .*neither hold no run that can be read"),
+        ([""], r"argument folders: an empty name names no folder, \. is the current one\. Allowed: "),
+        (["{folder}", "--output", ""], r"argument --output: an empty name names no folder"),
         (["{folder}", "--metric", "val/los"], r"--metric=val/los: was logged by no run. .*Closest: val/loss"),
         (["{folder}", "--baseline", "mamba"], r"--baseline=mamba: names 0 configurations. .*A  model=infini"),
         (["{folder}", "--baseline", "model"], r"--baseline=model: names 2 configurations"),
@@ -254,9 +273,10 @@ def test_what_cannot_be_reported_is_refused_with_code_2(
 ) -> None:
     write_comparison(tmp_path)
 
-    assert main([argument.format(folder=tmp_path) for argument in arguments]) == 2
+    assert exit_code(main, [argument.format(folder=tmp_path) for argument in arguments]) == 2
 
     captured = capsys.readouterr()
+    assert captured.err.startswith("newllm: nothing was started, 1 problem found:\n  - ")
     assert re.search(message, captured.err, re.DOTALL)
     assert captured.out == ""
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from made_runs import write_evaluation, write_run
+from made_runs import exit_code, write_evaluation, write_run
 
 from newllm.report.reversal import main
 
@@ -48,5 +48,5 @@ def test_a_seed_measured_of_the_last_weights_is_left_out_by_name(tmp_path: Path,
 def test_runs_without_the_measurement_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_run(tmp_path / "run")
 
-    assert main([str(tmp_path)]) == 2
-    assert "none of 1 runs has measured the reversal" in capsys.readouterr().err
+    assert exit_code(main, [str(tmp_path)]) == 2
+    assert "none of 1 run has measured the reversal" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import write_run
+from made_runs import exit_code, write_run
 
 from newllm.report.collect import collect
 from newllm.report.scaling import main, progressions
@@ -94,7 +94,7 @@ def test_too_few_sizes_are_refused_with_what_to_type(
 ) -> None:
     write_sizes(tmp_path, blocks=blocks)
 
-    assert main([str(tmp_path)]) == 2
+    assert exit_code(main, [str(tmp_path)]) == 2
 
     told = capsys.readouterr().err
     assert "at least 3" in told

@@ -1,12 +1,12 @@
 """`python -m newllm.export <run> <folder>`: a Pythia stack for transformers, with its tokenizer; model.pretrained reads it back."""
 
-import argparse
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from newllm.arguments import Parser, folder
 from newllm.config.command_line import refuse
 from newllm.run_record import Run, read_run
 
@@ -22,9 +22,12 @@ def export(run_folder: Path, target: Path, *, checkpoint: str) -> None:
         ValueError: there is no such run, GPT-NeoX cannot hold its model, or the target exists.
     """
     _check(read_run(run_folder), target)
+    from transformers.utils.logging import disable_progress_bar
+
     from newllm.load import load_run  # torch takes seconds: mistakes are answered without it
     from newllm.models.huggingface import to_huggingface
 
+    disable_progress_bar()  # of writing one file: it runs into our own lines
     run = load_run(run_folder, "last" if checkpoint == "last" else "best")
     exported = to_huggingface(run.model)  # type: ignore[arg-type]  # _check has seen that it is a stack
     exported.config.max_position_embeddings = run.config.data.block_length  # what it was trained on
@@ -44,7 +47,12 @@ def export(run_folder: Path, target: Path, *, checkpoint: str) -> None:
 
 def _check(run: Run, target: Path) -> None:
     """Refuse what needs no torch to be seen."""
-    model, stack = run.config["model"], run.config["layers"]["stack"]
+    try:
+        model, stack = run.config["model"], run.config["layers"]["stack"]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"{run.folder / 'config.yaml'}: is empty or no run's configuration. Allowed: the config.yaml of a run. Name another run."
+        ) from None
     others = sorted({kind for kind in stack if kind != "pythia"})
     if model["kind"] != "transformer" or others:
         found = f"layers {', '.join(others)}" if others else f"a model of kind {model['kind']}"
@@ -78,9 +86,9 @@ def reading_back(run_folder: Path, target: Path) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; exit code 2 with one block on stderr where nothing can be exported."""
-    parser = argparse.ArgumentParser(prog="python -m newllm.export", description=__doc__)
-    parser.add_argument("run", type=Path, help="run folder of a Pythia stack without feedback")
-    parser.add_argument("folder", type=Path, help="folder to write; it must not exist")
+    parser = Parser(prog="python -m newllm.export", description=__doc__)
+    parser.add_argument("run", type=folder, help="run folder of a Pythia stack without feedback")
+    parser.add_argument("folder", type=folder, help="folder to write; it must not exist")
     parser.add_argument("--checkpoint", choices=("best", "last"), default="best", help="which weights (best)")
     given = parser.parse_args(arguments)
     try:

@@ -43,8 +43,11 @@ def test_an_exported_run_is_the_same_function_there_and_back(
     folder = trained(tmp_path, "layers.rotary_share=0.5")
     run, target = load_run(folder), tmp_path / "exported"
 
+    capsys.readouterr()
     assert main([str(folder), str(target)]) == 0
+    said = capsys.readouterr()
 
+    assert said.err == ""
     text = "In the beginning was the word."
     model, tokenizer = AutoModelForCausalLM.from_pretrained(target), AutoTokenizer.from_pretrained(target)
     encoded = tokenizer(text, return_tensors="pt")
@@ -55,7 +58,7 @@ def test_an_exported_run_is_the_same_function_there_and_back(
     config = compose(
         [*reading_back(folder, target), "data=jsonl", f"data.path={text_file(tmp_path)}", f"data.cache_dir={tmp_path}"]
     )
-    assert f"read it back: python train.py {' '.join(reading_back(folder, target))}\n" in capsys.readouterr().out
+    assert f"read it back: python train.py {' '.join(reading_back(folder, target))}\n" in said.out
     back = build_model(config, run.model.vocab_size)
     load_published(back, config)
     torch.testing.assert_close(back(encoded["input_ids"]).logits, expected, atol=1e-6, rtol=0)
@@ -72,9 +75,15 @@ def test_what_transformers_cannot_hold_is_refused_before_torch(
         return capsys.readouterr().err
 
     folder, target = tmp_path / "run", tmp_path / "exported"
+    assert refused(str(folder)).startswith(
+        "newllm: nothing was started, 1 problem found:\n  - the following arguments are"
+    )
+    assert "argument folder: an empty name names no folder" in refused(str(folder), "")
     assert f"{folder / 'run.json'}: is missing." in refused(str(folder), str(target))
     folder.mkdir()
     (folder / "run.json").write_text("{}")
+    (folder / "config.yaml").write_text("{}")
+    assert "config.yaml: is empty or no run's configuration." in refused(str(folder), str(target))
     (folder / "config.yaml").write_text("{model: {kind: transformer}, layers: {stack: [infini, pythia]}}")
     assert "has layers infini, GPT-NeoX has not. Allowed: model=pythia" in refused(str(folder), str(target))
     (folder / "config.yaml").write_text("{model: {kind: trm}, layers: {stack: []}}")

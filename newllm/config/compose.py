@@ -73,7 +73,11 @@ def read_config(path: Path) -> TrainConfig:
         raise ConfigError(
             [f"{path}: cannot be read ({reason}). Allowed: the config.yaml of a run. Name another run."]
         ) from error
-    config, problems = build(tree if isinstance(tree, dict) else {}, TrainConfig)
+    if not isinstance(tree, dict) or not tree:
+        raise ConfigError(
+            [f"{path}: is empty or no run's configuration. Allowed: the config.yaml of a run. Name another run."]
+        )
+    config, problems = build(tree, TrainConfig)
     if problems:
         where = f"{path} was not written by this version of newllm:"
         raise ConfigError([f"{where} {problem.text}" for problem in problems])

@@ -125,10 +125,10 @@ def _measured_before(path: Path, of: Mapping[str, Any]) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError:
-        found = {}
-    same = {name: found.get(name) for name in of} == of
-    if same and "made_with" in found:
-        return dict(found)
+        found = None
+    found = found if isinstance(found, dict) else {}
+    if {name: found.get(name) for name in of} == of and "made_with" in found:
+        return found
     aside = path.with_stem(f"{path.stem}_of_step_{found.get('step', 'unknown')}")
     path.replace(aside)
     print(f"{aside}: holds what was measured before, of other weights than these of step {of['step']}", file=sys.stderr)

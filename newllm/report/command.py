@@ -43,7 +43,10 @@ def readable_runs(folders: Iterable[Path]) -> list[RunCurves]:
 
 def measured_runs(runs: Sequence[RunCurves], name: str) -> list[RunCurves]:
     """Return the finished runs in which something was measured; those left out are named on stderr, each with what to do."""
-    measured, left_out = with_measurement(runs, name)
+    try:
+        measured, left_out = with_measurement(runs, name)
+    except ValueError as error:
+        refuse_all([str(error)])
     for item in left_out:
         print(f"left out: {item.folder}: {item.reason}", file=sys.stderr)
     return measured
@@ -64,5 +67,12 @@ def show(tables: Iterable[Table]) -> None:
 def keep(figure: Figure, given: argparse.Namespace) -> None:
     """Write the picture where the parsed arguments want it, and say where that is."""
     path = given.output or given.folders[0] / given.picture
-    save_png(figure, path)
+    try:
+        save_png(figure, path)
+    except OSError as error:
+        refuse_all(
+            [
+                f"{path}: cannot be written ({error.strerror}). Allowed: a picture that can be. Choose another with --output."
+            ]
+        )
     print(f"picture: {path}")

@@ -1,12 +1,13 @@
 """What was measured of runs: always of their best weights on validation text, so that figures of several runs stand side by side."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from newllm.report.collect import RunCurves, Unreadable
 
 COMPARED = {"checkpoint": "best", "split": "validation"}
+WITHOUT_EFFECT = ("batch_size", "device")  # on what is measured, but for the last digits
 
 
 def evaluation_of(run: RunCurves) -> dict[str, Any]:
@@ -32,6 +33,8 @@ def with_measurement(runs: Sequence[RunCurves], name: str) -> tuple[list[RunCurv
     Args:
         runs: those that have not finished are in neither list.
         name: of the measurement.
+    Raises:
+        ValueError: it was made with different options in runs that differ in their seed only.
     """
     measured: list[RunCurves] = []
     left_out: list[Unreadable] = []
@@ -47,4 +50,20 @@ def with_measurement(runs: Sequence[RunCurves], name: str) -> tuple[list[RunCurv
                 left_out.append(Unreadable(folder, f"has not been measured with evaluation=[{name}]. {repair}"))
         except ValueError as error:
             left_out.append(Unreadable(folder, f"{error} {repair}"))
+    _check_options(measured, name)
     return measured, left_out
+
+
+def _check_options(runs: Iterable[RunCurves], name: str) -> None:
+    """Refuse to take the mean over seeds of what was measured in different ways."""
+    first: dict[str, tuple[RunCurves, dict[str, Any]]] = {}
+    for run in runs:
+        own = evaluation_of(run).get("made_with", {}).get(name, {})
+        other, theirs = first.setdefault(json.dumps(run.settings, sort_keys=True), (run, own))
+        differing = [key for key in sorted({*own, *theirs} - {*WITHOUT_EFFECT}) if own.get(key) != theirs.get(key)]
+        if differing:
+            (key, *_) = differing
+            raise ValueError(
+                f"{run.run.folder}: evaluation=[{name}] was made with {key}={own.get(key)}, in {other.run.folder}, which differs in its "
+                f"seed only, with {key}={theirs.get(key)}. Allowed: the same for all seeds. Run evaluate.py on both with the same options."
+            )

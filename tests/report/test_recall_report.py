@@ -232,6 +232,24 @@ def test_the_command_tells_and_draws(sweep: Path, capsys: pytest.CaptureFixture[
     assert shown.endswith(f"picture: {sweep / 'state_vs_recall.png'}\n")
 
 
+def test_seeds_measured_with_other_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, rows in ((0, 256), (1, 8)):
+        made_with = {"recall": {"num_blocks": rows, "batch_size": 1 + seed}}
+        of = {"made_with": made_with}
+        write_probe(tmp_path / f"{seed}", "elu", 0.3, state_bytes=64, seed=seed, of=of)
+
+    assert exit_code(main, [str(tmp_path)]) == 2
+
+    said = capsys.readouterr().err
+    assert (
+        f"{tmp_path / '1'}: evaluation=[recall] was made with num_blocks=8, in {tmp_path / '0'}, which differs" in said
+    )
+    (tmp_path / "1" / "evaluation.json").write_text((tmp_path / "0" / "evaluation.json").read_text())
+    assert exit_code(main, [str(tmp_path)]) == 0
+    assert exit_code(main, [str(tmp_path), "--output", str(tmp_path)]) == 2
+    assert f"{tmp_path}: cannot be written (Is a directory)" in capsys.readouterr().err
+
+
 def test_runs_of_plain_text_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "one", config={"data": {"kind": "stdlib"}}, metrics={METRIC: 0.4})
     write_evaluation(folder, {"perplexity": {"accuracy": 0.4}})

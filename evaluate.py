@@ -1,5 +1,10 @@
 """Measures a finished run: `python evaluate.py run=<folder> [evaluation=[...]]`, see `python evaluate.py --help`."""
 
+from newllm.early_signal import leave_on_signal
+
+if __name__ == "__main__":
+    leave_on_signal()  # before the other imports, which take a second
+
 import sys
 
 import hydra

@@ -236,7 +236,7 @@ class _Others:
             time.sleep(0.1)
         _tell_end(number, code)
         # The main thread may wait inside a collective operation, where no exception reaches it.
-        os._exit(code if code in (2, 143) else 1)
+        os._exit(code if code in (2, 130, 143) else 1)
 
 
 def _tell_end(number: int, code: int) -> None:
@@ -268,7 +268,8 @@ def main() -> None:
     """Be a rank that rank 0 has started."""
     message: dict[str, Any] = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_first, daemon=True).start()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # rank 0 tells when to stop: training listens for itself
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # rank 0 tells when to stop: training listens for itself
     config, problems = build(message["config"], TrainConfig)
     assert not problems, problems
     from newllm.run import run_training

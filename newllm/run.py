@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import time
 import warnings
@@ -26,7 +27,7 @@ from newllm.callbacks.probe import Probe
 from newllm.callbacks.profile import ProfileSteps
 from newllm.callbacks.progress import Progress
 from newllm.callbacks.samples import Samples
-from newllm.callbacks.stop import StopAtStep, StopOnSignal
+from newllm.callbacks.stop import EXIT_CODES, StopAtStep, StopOnSignal
 from newllm.callbacks.telemetry import Telemetry
 from newllm.callbacks.validate_at_end import ValidateAtEnd
 from newllm.callbacks.weight_average import WeightAverage
@@ -159,6 +160,8 @@ def _recorded(prepared: Prepared, overrides: list[str]) -> float | None:
     except BaseException as error:
         with suppress(OSError):  # the full disk that ended the run: its own message is the one to see
             _record_end(record, error, wall_seconds=time.monotonic() - started)
+        if isinstance(error, KeyboardInterrupt):  # called from Python: the programs have a handler of their own
+            raise SystemExit(EXIT_CODES["SIGINT"]) from None
         raise
     finally:
         print(f"run: {folder}", flush=True)
@@ -167,19 +170,27 @@ def _recorded(prepared: Prepared, overrides: list[str]) -> float | None:
 def _record_end(record: RunRecord, error: BaseException, *, wall_seconds: float) -> None:
     if not record.facts:  # it could not begin
         return
-    if not isinstance(error, SystemExit):
+    if record.facts["status"] == "finished" and isinstance(error, SystemExit | KeyboardInterrupt):
+        command = f"python evaluate.py {shlex.quote(f'run={record.folder}')}"
+        print(f"the run is finished, what follows it was left out: {command} measures it")
+    elif not isinstance(error, SystemExit | KeyboardInterrupt):
         record.fail(error, wall_seconds=wall_seconds)
-    elif record.facts["status"] == "running":  # told to stop before the first step
-        last, best = last_and_best(read_metrics(record.folder))
-        record.finish(
-            status="stopped",
-            exit_reason="told to stop before the first step",
-            tokens=record.facts.get("tokens", 0),
-            tokens_per_second=0.0,
-            wall_seconds=wall_seconds,
-            metrics=last,
-            best_metrics=best,
-        )
+    elif record.facts["status"] == "running":
+        _record_stop(record, "told to stop before the first step", wall_seconds=wall_seconds)
+
+
+def _record_stop(record: RunRecord, reason: str, *, wall_seconds: float) -> None:
+    """Record a run that stops without a step more than it has saved."""
+    last, best = last_and_best(read_metrics(record.folder))
+    record.finish(
+        status="stopped",
+        exit_reason=reason,
+        tokens=record.facts.get("tokens", 0),
+        tokens_per_second=0.0,
+        wall_seconds=wall_seconds,
+        metrics=last,
+        best_metrics=best,
+    )
 
 
 def _quieten() -> None:
@@ -270,6 +281,10 @@ def _train_and_record(prepared: Prepared, record: RunRecord, started: float) -> 
     session = _session(prepared, clock=Clock(record, started))
     try:
         _fit(prepared, session)
+    except SystemExit:  # a second Ctrl-C
+        told = "told twice to stop: at once, without what came after the last checkpoint"
+        _record_stop(record, told, wall_seconds=time.monotonic() - started)
+        raise
     finally:
         verdicts += session.monitor.verdicts() if session.monitor is not None else [switched_off("monitor")]
         record.update(guards=[asdict(verdict) for verdict in verdicts], data=prepared.data.facts)
@@ -290,7 +305,9 @@ def _train_and_record(prepared: Prepared, record: RunRecord, started: float) -> 
     )
     record.update(**prepared.module.facts())
     if reason is not None:
-        print(f"stopped by {reason}; saved {session.checkpoints.last_path}. Continue with: resume={folder}")
+        print(
+            f"stopped by {reason}; saved {session.checkpoints.last_path}. Continue with: {shlex.quote(f'resume={folder}')}"
+        )
         if session.stop.exit_code:
             raise SystemExit(session.stop.exit_code)
         return last.get("val/loss")

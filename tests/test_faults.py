@@ -5,6 +5,8 @@ import os
 import re
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +17,8 @@ import pytest
 import torch
 
 from newllm.config.compose import compose
-from newllm.early_signal import leave_on_sigterm
+from newllm.config.library import conf_folder
+from newllm.early_signal import leave_on_signal
 from newllm.guards.events import EVENTS_FILE, keep_events, read_events, write_event
 from newllm.run import run_training
 from newllm.run_record import read_run
@@ -31,6 +34,18 @@ PROBE = [
 def train(folder: Path, *overrides: str) -> float | None:
     given = [*PROBE, f"data.cache_dir={folder.parent / 'cache'}", *overrides]
     return run_training(compose(given), folder, given)
+
+
+def run_program(program: str, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run train.py or evaluate.py in the folder."""
+    return subprocess.run(
+        [sys.executable, str(conf_folder().parent / program), *arguments],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 @contextmanager
@@ -62,26 +77,73 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_sigterm_before_the_first_step_is_told_and_recorded(tmp_path: Path, capfd: pytest.CaptureFixture):
-    def stop_once_recorded() -> bool:
-        has_begun = (tmp_path / "run" / "run.json").exists()
-        if has_begun:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return has_begun
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("reached", "status", "reason"),
+    [
+        ("run.json", "stopped", "told to stop before the first step"),
+        ("DONE", "finished", "trainer.max_steps=6 made"),
+    ],
+)
+def test_a_signal_outside_training_is_told_and_recorded(
+    reached: str, status: str, reason: str, number: int, code: int, tmp_path: Path, capfd: pytest.CaptureFixture
+):
+    def stop_once_reached() -> bool:
+        is_reached = (tmp_path / "run" / reached).exists()
+        if is_reached:
+            os.kill(os.getpid(), number)
+        return is_reached
 
-    before = signal.getsignal(signal.SIGTERM)
-    leave_on_sigterm()
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    leave_on_signal()
     try:
-        with meanwhile(stop_once_recorded), pytest.raises(SystemExit) as stopped:
-            train(tmp_path / "run")
+        with meanwhile(stop_once_reached), pytest.raises(SystemExit) as stopped:
+            train(tmp_path / "run", "trainer=standard", "evaluation=[perplexity]")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
-    assert stopped.value.code == 143
-    assert "SIGTERM: stopped while no training was under way" in capfd.readouterr().err
+    assert stopped.value.code == code
+    assert f"{signal.Signals(number).name}: stopped while no training was under way" in capfd.readouterr().err
     facts = read_run(tmp_path / "run").facts
-    assert (facts["status"], facts["exit_reason"]) == ("stopped", "told to stop before the first step")
+    assert (facts["status"], facts["exit_reason"]) == (status, reason)
     assert not (tmp_path / "run" / "FAILED").exists()
+
+
+@pytest.mark.parametrize("program", ["train.py", "evaluate.py"])
+def test_ctrl_c_during_the_imports_ends_without_a_traceback_and_leaves_nothing(program: str, tmp_path: Path):
+    (tmp_path / "hydra.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+
+    ended = run_program(program, tmp_path, PYTHONPATH=str(tmp_path))
+
+    assert ended.returncode == 130
+    assert ended.stderr.strip() == "SIGINT: stopped while no training was under way, so there was nothing to save"
+
+
+def test_ctrl_c_while_torch_is_imported_leaves_no_empty_folder(tmp_path: Path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+
+    ended = run_program("train.py", tmp_path, "debug=fast", "output_dir=outputs", PYTHONPATH=str(tmp_path))
+
+    assert (ended.returncode, "Traceback" in ended.stderr) == (130, False)
+    assert not list((tmp_path / "outputs").glob("*/*"))
+
+
+def test_a_second_ctrl_c_is_recorded_as_a_stop(tmp_path: Path):
+    def interrupt_twice() -> bool:
+        is_training = (tmp_path / "run" / "metrics.jsonl").exists()
+        if is_training:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGINT)
+        return is_training
+
+    steps = ("trainer.max_steps=100000", "trainer.validate_every_steps=50000", "trainer.log_every_steps=1")
+    with meanwhile(interrupt_twice), pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "run", "trainer=standard", "trainer.checkpoint_every_steps=100000", *steps)
+
+    assert stopped.value.code == 130
+    assert read_run(tmp_path / "run").facts["status"] == "stopped"
 
 
 def test_a_full_disk_keeps_the_checkpoint_from_before_and_the_run_goes_on_later(tmp_path: Path):

@@ -118,7 +118,7 @@ class StopOnSignal(_Stop):
         if os.getpid() != self._process:
             return  # a forked data worker: batches are needed until the step is complete
         if number == signal.SIGINT and self.received is not None:
-            raise KeyboardInterrupt
+            raise SystemExit(EXIT_CODES["SIGINT"])
         self.received = signal.Signals(number).name
         if self._launcher is not None:  # the other ranks are children of this process
             self._launcher.kill(signal.Signals(number))

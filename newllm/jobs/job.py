@@ -52,8 +52,8 @@ def run_job(job: Job, script: Path) -> float | None:
         record = _outcome(job, script, record)
     except Exception as error:  # a full disk, a damaged run.json, a process that cannot be started: of this job alone
         record = replace(record, status="failed", reason=f"{type(error).__name__}: {error}")
-    except BaseException as error:
-        record = replace(record, status="stopped", reason=type(error).__name__)
+    except BaseException:
+        record = replace(record, status="stopped", reason="told to stop")
         raise
     finally:
         record = replace(record, seconds=time.monotonic() - started)

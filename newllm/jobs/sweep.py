@@ -106,6 +106,7 @@ def run_sweep(run: Callable[[], object], output_dir: Path) -> int:
     # Through Hydra, because it alone reaches the workers of every launcher.
     sys.argv.append(f"+hydra.job.env_set.{SWEEP}={quoted(str(sweep))}")
     signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what launchers wait for
     code: object = 0
     with Narrator(sweep):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def closing_lines(config: TrainConfig, folder: Path, results: dict[str, Any]) ->
         f"curves: {folder / 'curves.png'}    evaluated: {folder / 'evaluation.json'}"
         if results
         else f"curves: {folder / 'curves.png'}",
-        f"see it:  tensorboard --logdir {folder.parent}",
-        f"next:    python evaluate.py run={folder} 'evaluation=[{_next_evaluations(config)}]'",
+        f"see it:  tensorboard --logdir {shlex.quote(str(folder.parent))}",
+        f"next:    python evaluate.py {shlex.quote(f'run={folder}')} 'evaluation=[{_next_evaluations(config)}]'",
     ]
     return "\n".join(told)

@@ -1,6 +1,7 @@
 """The last words of a run say what its memory is worth."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,14 @@ def test_lag_is_told_with_the_step_at_which_it_was_measured(tmp_path: Path) -> N
 
     line = "lag of the cached states at step 50: 0.250 of their size; 7 sweeps make them exact to 1e-4"
     assert line in found.splitlines()
+
+
+def test_the_next_command_can_be_pasted_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    folder = tmp_path / "a \u00f6, (x)'s"
+    folder.mkdir()
+    told(folder, {"val/loss": 2.0, "val/perplexity": 7.39}, {})
+
+    *_, see, following = closing_lines(real_config(compose([])), folder, {}).splitlines()
+
+    assert shlex.split(see)[-1] == str(tmp_path)
+    assert compose(shlex.split(following)[3:], root="evaluate").run == str(folder)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from newllm.config.compose import examine, read_config
 from newllm.config.help_text import help_text
 from newllm.config.library import load
-from newllm.config.overrides import parse, quoted, readable
+from newllm.config.overrides import parse, quoted, readable, with_quotes
 from newllm.config.problems import ConfigError, listed
 from newllm.config.run_folder import can_resume, differences, latest_unfinished, not_writable, overrides_of
 from newllm.config.schema import EvaluateConfig, TrainConfig
@@ -50,7 +50,7 @@ def check_command_line(arguments: Sequence[str], root: str) -> list[str]:
         SystemExit: 2 after one block on stderr with every mistake, 0 after `--help`.
     """
     options = _options(arguments)
-    overrides = list(options.overrides)
+    overrides = [with_quotes(text) for text in options.overrides]
     if options.help:
         print(help_text(root, [text for text in overrides if not examine([text], root)[1]]))
         raise SystemExit(0)

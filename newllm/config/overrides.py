@@ -14,8 +14,13 @@ from newllm.config.typed import flat
 
 OPTIONAL_GROUPS = ("experiment", "sweep", "debug")
 """Groups of which none need be chosen."""
-TEXTS = ("prompt", "evaluation.generation.prompt")
-"""Keys whose value is prose: commas, brackets and apostrophes in it mean nothing."""
+LITERAL = ("prompt", "evaluation.generation.prompt", "run", "resume", "output_dir")
+"""Keys whose value is prose or one folder: commas, brackets and apostrophes in it mean nothing."""
+PATHS = (
+    *("data.path", "data.cache_dir", "tokenizer.path", "embedding.path", "model.pretrained"),
+    *("evaluation.generation.prompts_file", "evaluation.generation.output"),
+)
+"""Keys whose value is a path, taken as it is too; but a comma parts the several of a sweep."""
 
 
 @dataclass
@@ -73,7 +78,7 @@ def readable(overrides: list[str], root: str) -> list[str]:
     """
     defaults = chosen_by_default(root)
     written = []
-    for text in map(_with_quotes, overrides):
+    for text in map(with_quotes, overrides):
         group, _, option = text.partition("=")
         is_number = group in defaults and option in options(group) and not isinstance(parse(text).value(), str)
         if group not in OPTIONAL_GROUPS or option not in ("null", ""):
@@ -81,14 +86,23 @@ def readable(overrides: list[str], root: str) -> list[str]:
     return written
 
 
-def _with_quotes(text: str) -> str:
-    """The override with its value in quotes where the grammar would misread it: prose, and letters beyond ASCII."""
+def with_quotes(text: str) -> str:
+    """Return the override with its value in quotes where the grammar would misread it: prose, paths, letters beyond ASCII."""
     key, _, value = text.partition("=")
-    if key in TEXTS:
-        is_quoted = len(value) > 1 and value[0] in "'\"" and value[0] == value[-1]
-        return text if is_quoted or value in ("", "null") else f"{key}={quoted(value)}"
+    is_quoted = len(value) > 1 and value[0] in "'\"" and value[0] == value[-1]
+    is_path = key in PATHS and "," not in value and value[:1] != "["
+    if key in LITERAL or is_path:
+        is_as_meant = is_quoted or value in ("", "null") or _is_read_as_written(text, value)
+        return text if is_as_meant else f"{key}={quoted(value)}"
     # What marks a list, several values or a quotation is left to the grammar.
     return text if value.isascii() or set(value) & set(",'\"([{") else f"{key}={quoted(value)}"
+
+
+def _is_read_as_written(text: str, value: str) -> bool:
+    try:
+        return parse(text).value() == value
+    except ValueError:
+        return False
 
 
 def judge(overrides: list[str], root: str) -> Judgement:

@@ -107,6 +107,27 @@ def test_a_run_gets_typed_values_and_a_folder_of_its_own(tmp_path: Path) -> None
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.parametrize("name", ["a \u00f6, x", "it's (new) [1]", "123", "{a}", "a  b"])
+def test_a_path_is_taken_letter_by_letter(name: str, tmp_path: Path) -> None:
+    result = call_stand_in(f"output_dir={tmp_path / name}", f"data.cache_dir={name.replace(',', '')}", cwd=tmp_path)
+
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"got TrainConfig {name}/train/")
+
+
+def test_a_path_with_a_comma_is_several_of_a_sweep() -> None:
+    assert check_command_line(["-m", "data=jsonl", "data.path=a.txt,b.txt"], root="train")[-1] == "data.path=a.txt,b.txt"
+
+
+@pytest.mark.parametrize("name", ["a \u00f6, x", "123"])
+def test_a_folder_that_is_not_there_is_told_as_it_was_written(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for key, root in (("run", "evaluate"), ("resume", "train")):
+        with pytest.raises(SystemExit):
+            check_command_line([f"{key}={name}"], root=root)
+
+        assert f"{key}={name}: there is no run (no run.json)" in capsys.readouterr().err
+
+
 def test_debug_nan_is_an_option_though_the_grammar_reads_a_number(tmp_path: Path) -> None:
     result = call_stand_in("debug=nan", "experiment=null", cwd=tmp_path)
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from newllm.config.compose import examine, read_config
 from newllm.config.help_text import help_text
-from newllm.config.library import load
+from newllm.config.library import damage_named, load
 from newllm.config.overrides import parse, quoted, readable, with_quotes
 from newllm.config.problems import ConfigError, listed
 from newllm.config.run_folder import can_resume, differences, latest_unfinished, not_writable, overrides_of
@@ -51,13 +51,14 @@ def check_command_line(arguments: Sequence[str], root: str) -> list[str]:
     """
     options = _options(arguments)
     overrides = [with_quotes(text) for text in options.overrides]
-    if options.help:
-        print(help_text(root, [text for text in overrides if not examine([text], root)[1]]))
-        raise SystemExit(0)
-    if options.hydra_help or options.info is not None or options.shell_completion:
+    if not options.help and (options.hydra_help or options.info is not None or options.shell_completion):
         return list(arguments)
     try:
-        overrides = _checked(overrides, root, options.multirun)
+        with damage_named():
+            if options.help:
+                print(help_text(root, [text for text in overrides if not examine([text], root)[1]]))
+                raise SystemExit(0)
+            overrides = _checked(overrides, root, options.multirun)
     except ConfigError as error:
         refuse(error.problems)
     return [*_flags(options), *overrides]

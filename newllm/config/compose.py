@@ -1,5 +1,6 @@
 """From overrides to a typed configuration that is known to be possible, or to all that is wrong with it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from newllm.config.compatibility import check_model, check_run
 from newllm.config.kinds import kinds_of, schema_of
-from newllm.config.library import load, options
+from newllm.config.library import chosen_by_default, conf_folder, damage_named, load, options
 from newllm.config.overrides import Judgement, judge, key_of, quoted, readable
 from newllm.config.problems import ConfigError, Problem, listed, shown, with_closest
 from newllm.config.schema import EvaluateConfig, LayerConfig, LayersConfig, TrainConfig
@@ -89,10 +90,13 @@ def examine(overrides: list[str], root: str, *, pairs: bool = True) -> tuple[Any
 
     Args:
         pairs: check what only training needs: that model, trainer, loss and data go together.
+    Raises:
+        ConfigError: a file of conf/ is damaged.
     """
-    overrides = readable(overrides, root)
     try:
-        config, judgement, problems = _without_mistakes(overrides, root)
+        with damage_named():
+            overrides = readable(overrides, root)
+            config, judgement, problems = _without_mistakes(overrides, root)
     except (HydraException, OmegaConfBaseException) as error:
         return None, [_in_our_words(error, overrides)]
     if config is not None and root == "train":
@@ -133,7 +137,8 @@ def _leaving_out_mistakes(judgement: Judgement, root: str) -> tuple[Any, list[Pr
         config, refused = build(tree, ROOTS[root])
         found = _without_consequences([*found, *refused], sources)
         culprits = {text for text, key in judgement.values.items() if any(_concerns(p.key, key) for p in found)}
-        problems += [_as_written(problem, judgement.values) for problem in found]
+        chosen = {text: key_of(text) for text in judgement.groups}
+        problems += [_as_written(problem, judgement.values | chosen) for problem in found]
         if not found or not culprits:
             return (None if found else config), problems
         judgement.values = {text: key for text, key in judgement.values.items() if text not in culprits}
@@ -150,9 +155,13 @@ def _as_written(problem: Problem, values: Mapping[str, str]) -> Problem:
 
 
 def _without_consequences(problems: list[Problem], sources: dict[str, str]) -> list[Problem]:
-    """Drop problems of values that are only copied from a key with a problem of its own."""
+    """Drop problems of values that are only copied from a key, or out of a group, with a problem of its own."""
     keys = {problem.key for problem in problems}
-    return [problem for problem in problems if sources.get(problem.key) not in keys]
+
+    def is_copied(source: str) -> bool:
+        return any(source == key or source.startswith(f"{key}.") for key in keys)
+
+    return [problem for problem in problems if not is_copied(sources.get(problem.key, ""))]
 
 
 def _resolved(config: DictConfig) -> tuple[dict[str, Any], list[Problem], dict[str, str]]:
@@ -183,7 +192,7 @@ def _resolved(config: DictConfig) -> tuple[dict[str, Any], list[Problem], dict[s
             reason = str(error).splitlines()[0]
             advice = "Allowed: a value, or ${key} of another key. Write the value itself."
             problems.append(Problem(key, f"{key}={raw(node, name)}", f"cannot be resolved ({reason}). {advice}"))
-        return Unresolved()
+        return Unresolved(raw(node, name))
 
     return read(config, ""), problems, sources
 
@@ -233,12 +242,30 @@ def _keys_of(kind: str) -> list[str]:
 
 
 def _in_our_words(error: Exception, overrides: list[str]) -> str:
-    """Return what Hydra itself refuses: mostly its own settings."""
+    """Return what Hydra itself refuses: its own settings, or what an option says under `defaults`."""
     reason = " ".join(str(error.__cause__ or error).split("Config search path")[0].split())
+    missing = re.search(r"Could not find '([^']+)/([^'/]+)'", reason)
+    if missing is not None and options(missing[1]):
+        group, option = missing.groups()
+        advice = with_closest(f"Allowed: {listed(options(group))}.", option, options(group))
+        return f"{_file_with(option, overrides)}: {group}={option}: {option} is not an option of {group}. {advice}"
+    unknown = re.search(r"In '([^']+)': Could not override '([^']+)'", reason)
+    if unknown is not None:
+        groups = [*chosen_by_default("train")]
+        advice = with_closest(f"Allowed: {listed(groups)}.", unknown[2], groups)
+        return f"conf/{unknown[1]}.yaml: override /{unknown[2]}: there is no such group. {advice}"
     return (
         f"{' '.join(overrides)}: Hydra cannot compose it ({reason.rstrip('.')}). "
         "Allowed: what --help lists, and what --hydra-help says of hydra.* settings. Leave out what is named."
     )
+
+
+def _file_with(word: str, overrides: list[str]) -> str:
+    """Return the file of the chosen option that says the word, or all overrides where none does."""
+    names = [f"{text.replace('=', '/', 1)}.yaml" for text in overrides]
+    files = [name for name in names if (conf_folder() / name).is_file()]
+    found = [name for name in files if word in (conf_folder() / name).read_text(encoding="utf-8")]
+    return f"conf/{found[0]}" if found else " ".join(overrides)
 
 
 def _written(value: Any) -> str:

@@ -1,11 +1,14 @@
 """What conf/ offers: groups, their options and one line about each; and its composition by Hydra."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
@@ -13,6 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+from newllm.config.problems import ConfigError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -49,6 +54,40 @@ def description(group: str, option: str) -> str:
     text = (conf_folder() / group / f"{option}.yaml").read_text(encoding="utf-8")
     lines = re.findall(r"^# (?!@package)(.*)$", text, flags=re.MULTILINE)
     return lines[0] if lines else ""
+
+
+@contextmanager
+def damage_named() -> Iterator[None]:
+    """Say which files of conf/ are no YAML, where and why, when one of them cannot be read.
+
+    Raises:
+        ConfigError: one sentence for each damaged file.
+    """
+    try:
+        yield
+    except (yaml.YAMLError, UnicodeDecodeError, OSError):
+        damaged = [problem for path in sorted(conf_folder().rglob("*.yaml")) for problem in _damage(path)]
+        if not damaged:
+            raise
+        raise ConfigError(damaged) from None
+
+
+def _damage(path: Path) -> list[str]:
+    name = f"conf/{path.relative_to(conf_folder()).as_posix()}"
+    try:
+        OmegaConf.load(path)
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        reason = f"line {line}: holds a byte that is not UTF-8"
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = "" if mark is None else f"line {mark.line + 1}: "
+        reason = f"{where}cannot be read as YAML ({error.problem})"
+    except (yaml.YAMLError, OSError) as error:
+        reason = f"cannot be read ({' '.join(str(error).split())})"
+    else:
+        return []
+    return [f"{name}: {reason}. Allowed: YAML in UTF-8, one key a line, indented by spaces. Correct the file."]
 
 
 def load(root: str, overrides: list[str]) -> DictConfig:

@@ -10,10 +10,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from newllm.config.library import chosen_by_default, conf_folder, load, options
 from newllm.config.problems import Problem, closest, listed, shown, with_closest
-from newllm.config.typed import flat
+from newllm.config.typed import OPTIONAL_GROUPS, flat
 
-OPTIONAL_GROUPS = ("experiment", "sweep", "debug")
-"""Groups of which none need be chosen."""
 LITERAL = ("prompt", "evaluation.generation.prompt", "run", "resume", "output_dir")
 """Keys whose value is prose or one folder: commas, brackets and apostrophes in it mean nothing."""
 PATHS = (

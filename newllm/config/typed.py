@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
 from newllm.config.fields import allowed, choices, convert
@@ -26,12 +26,25 @@ RUN_INDEPENDENT = (
 """Keys and groups that may differ when a run is resumed: they decide where and how it runs, not what it computes."""
 
 
+OPTIONAL_GROUPS = ("experiment", "sweep", "debug")
+"""Groups of which none need be chosen; their options set keys of the other groups."""
+
 NO_STACK = "no stack"
 """Depth of a model without num_layers: it is not made of the layers group, whose options it leaves unused."""
 
 
+@dataclass(frozen=True)
 class Unresolved:
-    """Stands in the tree for a value that could not be resolved; the reason is reported elsewhere."""
+    """Stands in the tree for a value that could not be resolved; the reason is reported elsewhere.
+
+    Attributes:
+        text: what was written.
+    """
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 Find = Callable[[type[GroupConfig], str], type[GroupConfig] | None]
@@ -127,11 +140,14 @@ def _depth(tree: Mapping[str, Any]) -> Any:
 
 def _node(tree: Any, schema: type, key: str, reading: _Reading) -> Any:
     if not isinstance(tree, Mapping):
-        return reading.refuse(key, tree, f"is not a group of keys. Allowed: {_names(schema)}. Give one of them.")
+        return reading.refuse(key, tree, f"is not a group of keys. Allowed: {_names(schema)}. {_instead_of_one(key)}")
     hints, prefix = get_type_hints(schema, include_extras=True), f"{key}." if key else ""
     names, before = [field.name for field in fields(schema)], len(reading.problems)
     for name in tree:
-        if name not in names:
+        if not key and name in OPTIONAL_GROUPS:
+            advice = f'Allowed: "# @package _global_" as its first line. Begin conf/{name}/<option>.yaml with it.'
+            reading.refuse(str(name), tree[name], f"its file does not say that its keys are those of the run. {advice}")
+        elif name not in names:
             advice = with_closest(f"Allowed: {listed(names)}.", str(name), names)
             reading.refuse(f"{prefix}{name}", tree[name], f"is not a key here. {advice}")
     values = {}
@@ -141,6 +157,13 @@ def _node(tree: Any, schema: type, key: str, reading: _Reading) -> Any:
         else:
             reading.miss(f"{prefix}{name}", hints[name])
     return schema(**values) if len(reading.problems) == before else None
+
+
+def _instead_of_one(key: str) -> str:
+    """Return what to do where a single value stands in the place of a group."""
+    if "." in key:
+        return "Give one of them."
+    return f"Choose an option: {key}=<option> on the command line, `- override /{key}: <option>` in the defaults of a file."
 
 
 def _value(value: Any, hint: Any, key: str, reading: _Reading) -> Any:
@@ -170,6 +193,12 @@ def _of_kind(tree: Any, base: type[GroupConfig], key: str, reading: _Reading) ->
     if schema is not None:
         return _node(tree, schema, key, reading)
     kinds = kinds_of(base)
+    if not isinstance(tree, Mapping):
+        advice = f"Allowed: a group with a kind ({listed(kinds)}). {_instead_of_one(key)}"
+        return reading.refuse(key, tree, f"is not a group of keys. {advice}")
+    if kind is None:
+        reading.problems.append(Problem(key, f"{key}.kind", f"is missing. Allowed: {listed(kinds)}. Give it a value."))
+        return None
     advice = with_closest(f"Allowed: {listed(kinds)}.", str(kind), kinds)
     sentence = f"there is no newllm/{FOLDERS[base]}/{kind}.py with a schema. {advice}"
     return reading.refuse(f"{key}.kind", kind, sentence)

@@ -116,7 +116,9 @@ def test_a_path_is_taken_letter_by_letter(name: str, tmp_path: Path) -> None:
 
 
 def test_a_path_with_a_comma_is_several_of_a_sweep() -> None:
-    assert check_command_line(["-m", "data=jsonl", "data.path=a.txt,b.txt"], root="train")[-1] == "data.path=a.txt,b.txt"
+    assert (
+        check_command_line(["-m", "data=jsonl", "data.path=a.txt,b.txt"], root="train")[-1] == "data.path=a.txt,b.txt"
+    )
 
 
 @pytest.mark.parametrize("name", ["a \u00f6, x", "123"])

@@ -19,6 +19,7 @@ from newllm.config.library import options
 from newllm.config.schema import EvaluateConfig, EvaluationConfig
 from newllm.config.typed import real_config
 from newllm.evaluation.material import Material
+from newllm.hardware import check_devices
 from newllm.host_memory import keep_freed_memory
 from newllm.load import LoadedRun, load_run
 from newllm.models.base import LanguageModel
@@ -45,6 +46,7 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
             raise ValueError(
                 f"evaluation=[]: measures nothing. Allowed: one or more of {', '.join(options('evaluation'))}. Name what to measure."
             )
+        check_devices(config.runtime)
         run = load_run(config.run, config.checkpoint)
         # Sums over another number of threads differ in their last digits.
         num_threads = config.runtime.num_threads or run.config.runtime.num_threads

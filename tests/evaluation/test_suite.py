@@ -161,6 +161,12 @@ def test_missing_folder_is_refused(tmp_path, capsys):
     assert "run.json: is missing" in refused(tmp_path / "none", capsys)
 
 
+def test_a_gpu_that_is_not_there_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    assert "runtime.accelerator=gpu: torch finds no CUDA device" in refused(tmp_path / "none", capsys, "runtime=gpu")
+
+
 def test_folder_without_checkpoint_is_refused(trained, tmp_path, capsys):
     folder = shutil.copytree(trained, tmp_path / "run")
     (folder / "checkpoints" / "best.ckpt").unlink()

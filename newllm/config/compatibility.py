@@ -6,7 +6,7 @@ from typing import cast
 
 from newllm.config.kinds import kinds_of, schema_of
 from newllm.config.problems import listed
-from newllm.config.schema import GroupConfig, TrainConfig, TrainerConfig
+from newllm.config.schema import GroupConfig, LossConfig, TrainConfig, TrainerConfig
 
 
 def check_model(config: TrainConfig) -> list[str]:
@@ -78,12 +78,14 @@ def _trainers(is_wanted: Callable[[type[TrainerConfig]], bool]) -> list[str]:
 
 def _trainer_with_loss(config: TrainConfig) -> list[str]:
     trainer, loss = config.trainer, config.loss
-    if loss.kind in trainer.losses:
+    if loss.reads == trainer.gives:
         return []
-    others = _trainers(lambda schema: loss.kind in schema.losses)
+    schemas = {kind: cast(type[LossConfig], schema_of(LossConfig, kind)) for kind in kinds_of(LossConfig)}
+    fitting = [kind for kind, schema in schemas.items() if schema.reads == trainer.gives]
+    others = _trainers(lambda schema: schema.gives == loss.reads)
     return [
-        f"loss={loss.kind}: trainer={trainer.kind} cannot minimise it. Allowed with this trainer: "
-        f"{listed(trainer.losses)}. Choose one of these, or a trainer for this loss: {listed(others)}."
+        f"loss={loss.kind}: trainer={trainer.kind} cannot minimise it, it reads {loss.reads} and the trainer gives {trainer.gives}. "
+        f"Allowed with this trainer: {listed(fitting)}. Choose one of these, or a trainer for this loss: {listed(others)}."
     ]
 
 

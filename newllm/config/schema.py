@@ -65,7 +65,13 @@ class LayersConfig(GroupConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(GroupConfig):
-    """What is minimised; `kind` names newllm/losses/<kind>.py."""
+    """What is minimised; `kind` names newllm/losses/<kind>.py.
+
+    Attributes:
+        reads: what it is computed from; the trainers that give it can minimise it.
+    """
+
+    reads: ClassVar[str] = "states"
 
     kind: str
 
@@ -79,14 +85,15 @@ class TrainerConfig(GroupConfig):
         allows_feedback: the procedure can train a model with a recurrence.
         reads_in_lanes: texts come in order, one per row of a batch, and the state goes on from batch to batch.
         shares_batches: several processes may share its batches and come to what one would.
-        losses: kinds of loss it can minimise.
+        gives: what it hands to the loss: `states` of all positions [B, T, D] with their targets [B, T], or another name that
+            only its own losses read.
     """
 
     needs_feedback: ClassVar[bool] = False
     allows_feedback: ClassVar[bool] = True
     reads_in_lanes: ClassVar[bool] = False
     shares_batches: ClassVar[bool] = False
-    losses: ClassVar[tuple[str, ...]] = ("next_token",)
+    gives: ClassVar[str] = "states"
 
     kind: str
     max_steps: Count  # optimizer steps

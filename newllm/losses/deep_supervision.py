@@ -6,7 +6,7 @@ N: supervision steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class DeepSupervisionConfig(LossConfig):
         act_weight: weight of the halting judgement's binary cross entropy, nats per nat.
         halting_margin: nats by which a later step must lower a token's cross entropy to count as help.
     """
+
+    reads: ClassVar[str] = "answers"
 
     act_weight: Annotated[float, Range(minimum=0)]
     halting_margin: Annotated[float, Range(minimum=0)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ class DiversityConfig(LossConfig):
         name: how spread is measured.
         weight: w of (1 - w) * movement + w * diversity.
     """
+
+    reads: ClassVar[str] = "contexts"
 
     name: Literal["bounded", "mcdl", "nuc", "oacd", "odcm", "sdl"]
     weight: Share

@@ -6,7 +6,7 @@ s: steps per token. N: steps of a text, all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from newllm.models.base import LanguageModel
 @dataclass(frozen=True, kw_only=True)
 class FixedSkipConfig(LossConfig):
     """Mean nats per target token; every token is a target once, at the step that emits it."""
+
+    reads: ClassVar[str] = "steps"
 
     def check(self, config: Any) -> list[str]:
         """Return what is wrong between the loss and the model."""

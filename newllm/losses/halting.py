@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class HaltingConfig(LossConfig):
         prior: p of the geometric distribution: the chance to halt at a step once it is reached; 1/p steps in the mean.
         kl_weight: beta, weight of the divergence from it, nats per nat.
     """
+
+    reads: ClassVar[str] = "steps"
 
     prior: Annotated[float, Range(above=0, below=1)]
     kl_weight: Annotated[float, Range(minimum=0)]

@@ -24,7 +24,7 @@ class CvfpConfig(CvfpPhase2Config, CvfpPhase1Config):
         context_clip_norm: L2 norm of all gradients of phase 1 together.
     """
 
-    losses: ClassVar[tuple[str, ...]] = ("diversity",)
+    gives: ClassVar[str] = "contexts"
 
     max_iterations: Natural
     validate_every_iterations: Count

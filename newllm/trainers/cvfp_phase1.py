@@ -92,7 +92,7 @@ class CvfpPhase1Config(StreamContextsConfig):
         cache_checkpoint_limit: bytes up to which a checkpoint carries the contexts.
     """
 
-    losses: ClassVar[tuple[str, ...]] = ("diversity",)
+    gives: ClassVar[str] = "contexts"
 
     start: Literal["noise", "sequential"]
     carry_over: Literal["wrap", "zeros"]

@@ -67,7 +67,7 @@ class CvfpPhase2Module(TrainingModule):
 
     Args:
         model: a context model; its token block and an untied head are trained.
-        loss: not used where the configuration's is that of phase 1.
+        loss: callable (model, hidden, targets) -> scalar; not used where the configuration's is that of phase 1.
         config: the whole configuration.
         token_bytes: UTF-8 bytes of every token [V].
         data: prepared; training reads its positions.
@@ -88,7 +88,9 @@ class CvfpPhase2Module(TrainingModule):
         data: TextDataModule,
         folder: Path,
     ) -> None:
-        super().__init__(model, NextTokenLoss(NextTokenConfig(kind="next_token")), config, token_bytes)
+        if config.loss.reads != "states":
+            loss = NextTokenLoss(NextTokenConfig(kind="next_token"))
+        super().__init__(model, loss, config, token_bytes)
         only_trains(model, "token_block", "head")
         self.data, self.folder = data, folder
         reading: dict[str, Any] = {

@@ -23,7 +23,7 @@ class SelectiveConfig(TrainerConfig):
 
     shares_batches: ClassVar[bool] = True
     allows_feedback: ClassVar[bool] = False
-    losses: ClassVar[tuple[str, ...]] = ("fixed_skip", "halting")
+    gives: ClassVar[str] = "steps"
 
     def check(self, config: Any) -> list[str]:
         """Return what is wrong between the trainer and the model."""

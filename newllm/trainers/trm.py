@@ -23,7 +23,7 @@ class TrmTrainerConfig(TrainerConfig):
 
     shares_batches: ClassVar[bool] = True
     allows_feedback: ClassVar[bool] = False
-    losses: ClassVar[tuple[str, ...]] = ("deep_supervision",)
+    gives: ClassVar[str] = "answers"
 
     def check(self, config: Any) -> list[str]:
         """Return what is wrong between the trainer, the model and the data."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from newllm.config import library
+from newllm.config import kinds, library
 from newllm.config.command_line import check_command_line
 from newllm.config.compose import compose
 from newllm.config.problems import ConfigError
@@ -101,3 +101,22 @@ def test_the_experiment_and_the_sweep_of_the_page_are_accepted(conf: Path) -> No
 
     assert compose(["experiment=mine"]).trainer.max_steps == 500
     assert compose(["experiment=mine", "sweep=my_rates"]).name == "my_rates"
+
+
+def test_a_loss_is_two_files(conf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = conf.parent / "newllm"
+    shutil.copytree(kinds.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "data"))
+    shutil.copytree(
+        kinds.PACKAGE / "data", package / "data", ignore=lambda _, names: [n for n in names if n[-3:] != ".py"]
+    )
+    text = (package / "losses" / "next_token.py").read_text(encoding="utf-8")
+    (package / "losses" / "smooth.py").write_text(text.replace("NextTokenConfig", "SmoothConfig"), encoding="utf-8")
+    (conf / "loss" / "smooth.yaml").write_text("kind: smooth\n", encoding="utf-8")
+    monkeypatch.setattr(kinds, "PACKAGE", package)
+    kinds._namespace.cache_clear()
+
+    assert [compose(["loss=smooth", *more]).loss.kind for more in ([], ["trainer=lct"])] == ["smooth"] * 2
+    assert "it reads states and the trainer gives answers. Allowed with this trainer: deep_supervision." in refusal(
+        "model=trm", "trainer=trm", "loss=smooth"
+    )
+    kinds._namespace.cache_clear()

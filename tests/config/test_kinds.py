@@ -56,7 +56,7 @@ def test_schema_is_read_without_running_the_module(package: Path) -> None:
 
     assert schema is not None
     assert schema.__name__ == "SlopeConfig"
-    assert list(get_type_hints(schema)) == ["kind", "steps", "way", "is_steep"]
+    assert list(get_type_hints(schema)) == ["reads", "kind", "steps", "way", "is_steep"]
     assert schema(kind="slope", steps=1, way="up").check(None) == ["too steep"]
     assert kinds.kinds_of(LossConfig) == ["slope"]
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from newllm.config.command_line import check_command_line, job_of, no_empty_folder, sweep_output
 from newllm.config.library import conf_folder
+from newllm.ending import told_in_words
 from newllm.jobs.job import is_job, run_job
 
 
@@ -25,7 +26,8 @@ def train(untyped: DictConfig) -> float | None:
             return run_job(job, Path(__file__).resolve())
         from newllm.run import run_training  # torch and lightning take seconds: mistakes are answered without them
 
-        return run_training(job.config, job.folder, job.overrides)
+        with told_in_words():
+            return run_training(job.config, job.folder, job.overrides)
 
 
 def main() -> None:

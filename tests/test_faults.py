@@ -1,5 +1,6 @@
 """What a run says and leaves where the machine fails it: signals, a full disk, a dead loader process, too little memory."""
 
+import errno
 import multiprocessing
 import os
 import re
@@ -19,7 +20,9 @@ import torch
 from newllm.config.compose import compose
 from newllm.config.library import conf_folder
 from newllm.early_signal import leave_on_signal
+from newllm.ending import NotSaved, told_in_words
 from newllm.guards.events import EVENTS_FILE, keep_events, read_events, write_event
+from newllm.guards.verdict import GuardFailure, Verdict
 from newllm.run import run_training
 from newllm.run_record import read_run
 
@@ -162,6 +165,43 @@ def test_a_full_disk_keeps_the_checkpoint_from_before_and_the_run_goes_on_later(
     assert [path for path in folder.rglob("*") if ".tmp" in path.name] == []
     train(folder, "trainer=standard", f"resume={folder}")
     assert (folder / "DONE").exists()
+
+
+def test_a_disk_too_small_for_the_first_checkpoint_leaves_nothing_to_resume(tmp_path: Path):
+    with (
+        files_of_at_most(20_000),
+        pytest.raises(NotSaved, match=r"There is none from before\. Make room and start the run again\.$"),
+    ):
+        train(tmp_path / "run", "trainer=standard")
+
+
+@pytest.mark.parametrize(
+    ("error", "lines"),
+    [
+        (
+            GuardFailure(
+                [Verdict("a", "failed", "One."), Verdict("b", "passed", "Two."), Verdict("c", "failed", "Three.")]
+            ),
+            "newllm: a guard failed, the run gives no number:\n  - One.\n  - Three.\n",
+        ),
+        (NotSaved("Make room."), "newllm: the run could not go on:\n  - Make room.\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"),
+            "newllm: the run could not go on:\n  - metrics.jsonl: cannot be written (No space left on device). "
+            "Allowed: a folder with room. Make room, then resume the run or start it again.\n",
+        ),
+    ],
+)
+def test_an_expected_end_is_told_without_a_traceback(error: Exception, lines: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended, told_in_words():
+        raise error
+
+    assert (ended.value.code, capsys.readouterr().err) == (1, lines)
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(FileNotFoundError), told_in_words():
+        raise FileNotFoundError(errno.ENOENT, "No such file", "x")
 
 
 def test_a_loader_process_that_dies_ends_the_run_with_a_clear_error(tmp_path: Path):

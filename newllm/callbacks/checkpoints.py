@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from newllm.callbacks.loop import has_stepped, is_training_validation, validation_is_due
+from newllm.ending import NotSaved
 from newllm.whole_file import link_whole, remove_leftovers, whole_file
 
 
@@ -26,10 +27,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
             with whole_file(path) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch wraps the errors of its zip writer
-            earlier = "The one from before is whole and stays." if path.exists() else "There is none from before."
-            raise OSError(
-                f"{path}: cannot be written ({error}). Allowed: a folder with room for the checkpoint. {earlier} "
-                "Make room and resume the run."
+            is_first = not path.with_name("last.ckpt").exists()
+            advice = (
+                "There is none from before. Make room and start the run again."
+                if is_first
+                else "The one from before is whole and stays. Make room and resume the run."
+            )
+            raise NotSaved(
+                f"{path}: cannot be written ({error}). Allowed: a folder with room for the checkpoint. {advice}"
             ) from error
 
     def load_checkpoint(

@@ -63,8 +63,9 @@ def test_a_sweep_goes_on_where_it_was_left(tmp_path: Path) -> None:
     assert "2 jobs: 1 done, 1 failed. The same command again runs those that are not done." in failing.stdout
     log = re.search(r"FAILED: GuardFailure: .*\n  overrides: .*plant_nan_at_step=5\n  log: (.*)\n", failing.stderr)
     assert log is not None, failing.stderr
-    assert "GuardFailure" in (tmp_path / log[1]).read_text()
-    assert "Traceback" not in failing.stderr
+    said = (tmp_path / log[1]).read_text()
+    assert "newllm: a guard failed, the run gives no number:\n  - guards." in said
+    assert "Traceback" not in said + failing.stderr
 
     done = next(path.parent for path in (tmp_path / "outputs" / "tiny").glob("*/DONE") if "_" not in path.parent.name)
     alone = tmp_path / straight.stdout.splitlines()[-1].removeprefix("run: ")

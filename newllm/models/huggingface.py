@@ -191,8 +191,17 @@ def _file(source: str | Path, name: str, key: str) -> Path:
         raise ValueError(
             f"{key}={source}: holds no {name}. Allowed: a folder that save_pretrained wrote. Save the model there again."
         )
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     from newllm.hub import fetch_file
 
+    try:
+        validate_repo_id(str(source))
+    except HFValidationError:
+        raise ValueError(
+            f"{key}={source}: is no folder, and no repository of the hub can be called so. "
+            "Allowed: a folder that save_pretrained wrote, owner/name on the hub, null. Correct the path."
+        ) from None
     return fetch_file(str(source), name, key=key, choices=f"a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, null")
 
 

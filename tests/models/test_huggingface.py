@@ -1,5 +1,7 @@
 """Our Pythia stack and transformers' GPT-NeoX are one function."""
 
+import re
+
 import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -159,3 +161,9 @@ def test_created_model_has_the_pretrained_weights(tmp_path, input_ids):
 def test_memory_layers_have_no_published_weights(tmp_path):
     with pytest.raises(ValueError, match=r"model\.pretrained: the stack holds InfiniLayer"):
         create_model("infini", vocab_size=37, pretrained=str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["/nope", "./not/there", "a b"])
+def test_a_path_that_is_no_folder_is_refused_by_its_key(source: str) -> None:
+    with pytest.raises(ValueError, match=rf"^model\.pretrained={re.escape(source)}: is no folder.*Correct the path\.$"):
+        load_pretrained(ours(), source)

@@ -255,9 +255,16 @@ def _in_our_words(error: Exception, overrides: list[str]) -> str:
         advice = with_closest(f"Allowed: {listed(groups)}.", unknown[2], groups)
         return f"conf/{unknown[1]}.yaml: override /{unknown[2]}: there is no such group. {advice}"
     return (
-        f"{' '.join(overrides)}: Hydra cannot compose it ({reason.rstrip('.')}). "
+        f"{' '.join(_concerned(overrides, reason))}: Hydra cannot compose it ({reason.rstrip('.')}). "
         "Allowed: what --help lists, and what --hydra-help says of hydra.* settings. Leave out what is named."
     )
+
+
+def _concerned(overrides: list[str], reason: str) -> list[str]:
+    """Return the overrides of Hydra's settings that its reason names; all overrides where it names none."""
+    own = [text for text in overrides if text.lstrip("+~").startswith("hydra")]
+    keys = {text: re.split("[./]", text.partition("=")[0])[-1] for text in own}
+    return [text for text, key in keys.items() if key in reason] or overrides
 
 
 def _file_with(word: str, overrides: list[str]) -> str:

@@ -55,7 +55,8 @@ def examine_jobs(overrides: list[str], root: str) -> list[str]:
         for problem in examine(job, root)[1]:
             found.setdefault(problem, []).append(job)
     varying = {text for texts in choices.values() if len(texts) > 1 for text in texts}
-    return [_where(problem, concerned, len(jobs), varying) for problem, concerned in found.items()]
+    merged = _merged(found, varying)
+    return [_where(problem, concerned, len(jobs), varying) for problem, concerned in merged.items()]
 
 
 def for_the_jobs(overrides: list[str], root: str) -> list[str]:
@@ -75,6 +76,22 @@ def for_the_jobs(overrides: list[str], root: str) -> list[str]:
 
 def _has_plugin(name: str) -> bool:
     return find_spec("hydra_plugins") is not None and find_spec(f"hydra_plugins.{name}") is not None
+
+
+def _merged(found: dict[str, list[list[str]]], varying: set[str]) -> dict[str, list[list[str]]]:
+    """Return the problems with their jobs, those as one that say the same of several values of a key."""
+    together: dict[tuple[str, str], list[str]] = {}
+    for problem in found:
+        text = next((text for text in varying if problem.startswith(f"{text}: ")), "")
+        key = text.partition("=")[0]
+        sentence = problem.removeprefix(f"{text}: ") if text else problem
+        together.setdefault((key, sentence), []).append(text.partition("=")[2])
+    merged = {}
+    for (key, sentence), values in together.items():
+        problems = [f"{key}={value}: {sentence}" if key else sentence for value in values]
+        jobs = dict.fromkeys(tuple(job) for problem in problems for job in found[problem])
+        merged[f"{key}={','.join(values)}: {sentence}" if key else sentence] = [list(job) for job in jobs]
+    return merged
 
 
 def _where(problem: str, concerned: list[list[str]], total: int, varying: set[str]) -> str:

@@ -121,3 +121,16 @@ def test_keys_that_every_configuration_has_stay_where_they_are() -> None:
     arguments = ["--multirun", "model=pythia,infini", "optimizer.lr=1e-3", "seed=0"]
 
     assert check_command_line(arguments, root="train") == arguments
+
+
+@pytest.mark.parametrize(
+    ("overrides", "given"),
+    [
+        (["hydra/launcher=nonsense", "seed=0,1"], "hydra/launcher=nonsense"),
+        (["hydra.nope=3", "seed=0,1"], "hydra.nope=3"),
+        (["modl=a,b", "seed=0,1"], "modl=a,b"),
+        (["trainer.max_steps=a,b,1000"], "trainer.max_steps=a,b"),
+    ],
+)
+def test_one_mistake_is_told_once_for_all_jobs(overrides: list[str], given: str) -> None:
+    assert [problem.partition(": ")[0] for problem in examine_jobs(overrides, "train")] == [given]

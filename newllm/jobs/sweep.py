@@ -66,11 +66,11 @@ def told(record: JobRecord) -> str:
     """Return what a user wants to know of a job at once."""
     job = f"job {record.number} ({record.name})"
     log = f"{record.folder}/log.txt"
+    overrides = " ".join(record.overrides) or "without overrides"
     if record.has_failed:
-        overrides = " ".join(record.overrides)
         return f"{job} {record.status.upper()}: {record.reason}\n  overrides: {overrides}\n  log: {log}"
     if record.status == "running":
-        return f"{job} starts: {' '.join(record.overrides)}\n  log: {log}"
+        return f"{job} starts: {overrides}\n  log: {log}"
     loss = "" if record.val_loss is None else f", val/loss {number(record.val_loss)}"
     reason = f" ({record.reason})" if record.reason else ""
     return f"{job} {record.status}{reason}{loss}, {record.seconds or 0:.0f} s"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
@@ -163,6 +164,8 @@ def test_the_table_shows_what_differs() -> None:
         ["0", "00000000", "done", "2.500", "61", "seed=0"],
         ["1", "00000001", "busy", "-", "0", "seed=1"],
     ]
+    alone = replace(record(1, "running"), overrides=[])
+    assert told(alone) == "job 1 (00000001) starts: without overrides\n  log: outputs/s/00000001/log.txt"
     assert told(record(1, "busy", reason="elsewhere")) == "job 1 (00000001) busy (elsewhere), 0 s"
 
 

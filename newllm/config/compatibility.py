@@ -125,6 +125,10 @@ def _steps(config: TrainConfig) -> list[str]:
 
 
 def _root(config: TrainConfig) -> list[str]:
+    if not config.output_dir.strip():
+        return [
+            f"output_dir={config.output_dir or repr('')}: names no folder. Allowed: a path. Name one, `.` for the current folder."
+        ]
     if config.name.strip() and not set(config.name) & set('/\\:*?"<>|') and config.name not in (".", ".."):
         return []
     return [

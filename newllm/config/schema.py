@@ -200,7 +200,9 @@ class RuntimeConfig(GroupConfig):
     strategy: Literal["auto", "ddp", "fsdp"]
     precision: Literal["32-true", "64-true", "bf16-mixed", "16-mixed"]
     compile: bool  # torch.compile
-    num_threads: Annotated[int | None, Range(minimum=1)]  # CPU threads of torch; null leaves torch's choice
+    num_threads: Annotated[
+        int | None, Range(minimum=1, maximum=1024)
+    ]  # CPU threads of torch; null leaves torch's choice
     deterministic: bool  # refuse operations whose result varies between runs
 
     def check(self, config: "TrainConfig") -> list[str]:

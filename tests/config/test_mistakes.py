@@ -47,6 +47,8 @@ MISTAKES = [
     (["x=[1"], r"^x=\[1: cannot be read as an override .*Allowed: key=value, group=option, key=\[a,b\]\."),
     (["seed"], r"^seed: cannot be read as an override"),
     (["seed=1,2"], r"^seed=1,2: is several values for one run\. Allowed: one value\. Add -m"),
+    (["output_dir="], r"^output_dir='': names no folder\."),
+    (["runtime.num_threads=100000"], r"^runtime\.num_threads=100000: is out of range\. .* at most 1024, or null\.$"),
     (["name=a/b"], r"^name=a/b: cannot name a folder\."),
     (["layers.stack=[]"], r"^layers\.stack=\[\]: is not a list of layers\. Allowed: a list of .*infini, .*pythia"),
     (["layers.stack=[{pythi: rest}]"], r"pythi is not a kind of layer\. .*Closest: pythia\.$"),

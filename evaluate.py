@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from newllm.config.command_line import check_command_line, job_of
 from newllm.config.library import conf_folder
+from newllm.plain_warnings import show_plainly
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="evaluate")
@@ -20,6 +21,7 @@ def evaluate(untyped: DictConfig) -> None:
     job = job_of(untyped, root="evaluate")
     from newllm.evaluation.suite import run_evaluation  # torch takes seconds: mistakes are answered without it
 
+    show_plainly()
     run_evaluation(job.config)
 
 

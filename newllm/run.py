@@ -59,6 +59,7 @@ from newllm.launch import agreed, joined
 from newllm.load import load_run, resumed_checkpoint
 from newllm.models.base import LanguageModel, count_parameters
 from newllm.models.create import build_model, load_published
+from newllm.plain_warnings import show_plainly
 from newllm.report.curves import draw_curves
 from newllm.run_lock import only_writer
 from newllm.run_record import RunRecord, last_and_best, read_metrics
@@ -198,10 +199,12 @@ def _quieten() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    show_plainly()
     # All are about the insides of libraries: nothing a user of ours could change.
     warnings.filterwarnings("ignore", message=".*set_vital.*")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
     warnings.filterwarnings("ignore", message=".*`IterableDataset` has `__len__` defined.*")
+    warnings.filterwarnings("ignore", message=".*You have overridden `transfer_batch_to_device`.*")
 
 
 def _prepare(config: TrainConfig, folder: Path) -> Prepared:

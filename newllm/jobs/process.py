@@ -13,8 +13,8 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-PRELOADED = ["newllm.run"]
-"""What the server imports before the first script."""
+PRELOADED = ["newllm.jobs.deaf", "newllm.run"]
+"""What the server imports before the first script, which listens to Ctrl-C again where it wants to."""
 BUSY = 75
 """Exit code where another process is writing the log: EX_TEMPFAIL of sysexits.h."""
 

@@ -16,7 +16,7 @@ from newllm.jobs.process import BUSY, run_fresh
 
 @pytest.fixture(autouse=True)
 def _no_preload(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "PRELOADED", ["json"])  # the scripts need no torch
+    monkeypatch.setattr(process, "PRELOADED", process.PRELOADED[:1])  # the scripts need no torch
 
 
 def written(folder: Path, text: str) -> Path:
@@ -68,6 +68,15 @@ def test_a_log_in_use_is_left_alone(tmp_path: Path) -> None:
 
     assert code == BUSY
     assert log.read_text() == ""
+
+
+def test_the_server_leaves_ctrl_c_to_the_sweep(tmp_path: Path) -> None:
+    """Else its imports end in a traceback on the terminal."""
+    script = written(tmp_path, "import signal\nprint(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)")
+
+    run_fresh(script, [], log=tmp_path / "log.txt")
+
+    assert (tmp_path / "log.txt").read_text() == "True\n"
 
 
 def test_data_workers_start_as_they_would_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,6 +171,8 @@ def install() -> None:
     module.set_rng_state = lambda state, device=None: None
     torch.__future__.set_swap_module_params_on_conversion(True)  # tied weights stay tied
     torch.inference_mode = torch.autograd.grad_mode.inference_mode = _NoGradient  # type: ignore
+    generator = torch.Generator
+    torch.Generator = lambda device="cpu": generator()  # type: ignore[assignment, misc]
     make = torch.tensor
 
     def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:

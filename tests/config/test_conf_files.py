@@ -43,7 +43,7 @@ def refusal(*overrides: str) -> str:
         (b"name: [\n", r"line 3: cannot be read as YAML \(expected the node content"),
         (b"trainer:\n\tmax_steps: 3\n", r"line 3: cannot be read as YAML \(found character '\\t'"),
         (b"name: a\nname: b\n", r"line 3: cannot be read as YAML \(found duplicate key name\)"),
-        (b"name: caf\xe9\n", "line 2: holds a byte that is not UTF-8"),
+        (b"name: \xe9\n", "line 2: holds a byte that is not UTF-8"),
     ],
 )
 def test_a_damaged_file_is_named_with_its_line(
@@ -71,8 +71,8 @@ def test_a_damaged_file_is_named_with_its_line(
             r"conf/experiment/mine\.yaml: model=infni: .* Closest: infini\.$",
         ),
         (
-            HEADER + b"defaults: [override /modle: infini, _self_]\n",
-            r"conf/experiment/mine\.yaml: override /modle: .* Closest: model\.$",
+            HEADER + b"defaults: [override /models: infini, _self_]\n",
+            r"conf/experiment/mine\.yaml: override /models: .* Closest: model\.$",
         ),
     ],
 )

@@ -1,6 +1,7 @@
 """What was measured of runs: always of their best weights on validation text, so that figures of several runs stand side by side."""
 
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ def with_measurement(runs: Sequence[RunCurves], name: str) -> tuple[list[RunCurv
         if run.status != "finished":
             continue
         folder = run.run.folder
-        repair = f"Run: python evaluate.py run={folder} evaluation=[{name}]"
+        repair = f"Run: python evaluate.py {shlex.quote(f'run={folder}')} 'evaluation=[{name}]'"
         try:
             if name in evaluation_of(run):
                 measured.append(run)

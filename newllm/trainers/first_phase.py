@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,9 @@ def read_first_phase(folder: Path, config: TrainConfig, data: TextDataModule, mo
     if theirs.trainer.kind != "cvfp_phase1":
         raise ValueError(f"{where}: is a run of trainer={theirs.trainer.kind}. {allowed} Name one of these.")
     if not (inside / "DONE").exists():
-        raise ValueError(f"{where}: has not finished (no DONE). {allowed} Go on with it first: resume={inside}.")
+        raise ValueError(
+            f"{where}: has not finished (no DONE). {allowed} Go on with it first: {shlex.quote(f'resume={inside}')}."
+        )
     facts = read_run(inside).facts
     contents = read_checkpoint(checkpoint_path(inside, "last"), advice="Make phase 1 again, or name another run of it.")
     differences = [*_different_keys(theirs, config), *_different_data(facts, data)]

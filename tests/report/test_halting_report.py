@@ -101,7 +101,7 @@ def test_fixed_steps_measured_on_another_split_are_no_line_to_compare_with(
 
     shown = capsys.readouterr()
     assert "at step 1" not in shown.out
-    assert f"Run: python evaluate.py run={runs / 'fixed_1_0'} evaluation=[perplexity]" in shown.err
+    assert f"Run: python evaluate.py run={runs / 'fixed_1_0'} 'evaluation=[perplexity]'" in shown.err
 
 
 def test_runs_without_the_measurement_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

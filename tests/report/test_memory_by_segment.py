@@ -161,7 +161,7 @@ def test_a_seed_measured_on_another_split_is_left_out_by_name(folder: Path, caps
     shown = capsys.readouterr()
     assert "0.9000 +- 0.1414" in shown.out
     assert f"left out: {folder / 'f'}" in shown.err
-    assert f"Run: python evaluate.py run={folder / 'f'} evaluation=[memory]" in shown.err
+    assert f"Run: python evaluate.py run={folder / 'f'} 'evaluation=[memory]'" in shown.err
 
 
 def test_seeds_that_read_different_texts_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

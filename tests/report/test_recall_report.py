@@ -148,7 +148,7 @@ def test_a_run_measured_of_something_else_is_left_out_by_name(
     assert (
         f"with checkpoint={told['checkpoint']}, split={told['split']}. Allowed: checkpoint=best, split=val" in shown.err
     )
-    assert f"Run: python evaluate.py run={sweep / 'g'} evaluation=[recall]" in shown.err
+    assert f"Run: python evaluate.py run={sweep / 'g'} 'evaluation=[recall]'" in shown.err
 
 
 def test_slices_stand_by_length_and_bucket_with_intervals_over_seeds(tmp_path: Path) -> None:

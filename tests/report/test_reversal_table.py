@@ -42,7 +42,7 @@ def test_a_seed_measured_of_the_last_weights_is_left_out_by_name(tmp_path: Path,
     shown = capsys.readouterr()
     cells = [cell.strip() for cell in shown.out.splitlines()[-1].strip("|").split("|")]
     assert (cells[2], cells[5]) == ("1", "0.2")
-    assert f"Run: python evaluate.py run={tmp_path / '1'} evaluation=[reversal]" in shown.err
+    assert f"Run: python evaluate.py run={tmp_path / '1'} 'evaluation=[reversal]'" in shown.err
 
 
 def test_runs_without_the_measurement_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

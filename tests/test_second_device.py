@@ -15,7 +15,7 @@ from test_resume import PROCEDURES, TINY, text, train  # noqa: F401  `text` is a
 from newllm.run_record import read_metrics
 
 HERE = Path(__file__).parent
-EVERY = ["standard", "sequential", "lct", "lct_auto", "streaming_lanes", "cvfp", "selective", "trm"]
+EVERY = ["standard", "lct", "streaming_lanes", "cvfp", "selective", "trm"]
 MEASURED = {"streaming_lanes": "[perplexity,positions,memory]", "lct": "[perplexity,positions,sliding_window,lag]"}
 
 

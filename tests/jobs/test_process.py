@@ -107,7 +107,8 @@ def test_a_script_is_told_to_stop_when_its_caller_ends(ending: signal.Signals, t
     )
     caller = tmp_path / "caller.py"
     caller.write_text(
-        "import sys\nfrom pathlib import Path\nfrom newllm.jobs import process\n"
+        "import signal, sys\nfrom pathlib import Path\nfrom newllm.jobs import process\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "if __name__ == '__main__':\n    process.PRELOADED = []\n"
         "    process.run_fresh(Path(sys.argv[1]), sys.argv[2:], log=None)\n"
     )

@@ -19,6 +19,7 @@ from newllm.callbacks.peak import peak_flops
 from newllm.config.compose import compose_model
 from newllm.linear import is_onednn_faster, multiply, outer
 from newllm.models.create import create_model
+from newllm.processor import multiplies_bf16
 
 PEERS = ["transformers", "litgpt"]
 
@@ -57,11 +58,11 @@ def repeated(step: Callable[[], object], times: int) -> Callable[[], None]:
     return call
 
 
-def mixed(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Return the loss computed in the precision that the device is measured in."""
+def mixed(loss: Callable[[], Tensor], *, is_bf16: bool = IS_FAST) -> Callable[[], Tensor]:
+    """Return the loss computed in bf16, or as it is; without a choice in the precision that the device is measured in."""
 
     def call() -> Tensor:
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=IS_FAST):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=is_bf16):
             return loss()
 
     return call
@@ -199,6 +200,11 @@ def alternatives(shape: Shape, folder: str) -> dict[str, Callable[[], object]]:
     found = {"ours": repeated(bare_step(own, mixed(parallel_loss(own, inputs, labels))), shape.steps)}
     if not IS_FAST and is_onednn_faster():
         found["ours, MKL's products"] = by_mkl(found["ours"])
+    if not IS_FAST and multiplies_bf16():
+        half = create_model("pythia", size=shape.size, vocab_size=shape.vocab_size, seed=0).train()
+        found["ours, bf16-mixed"] = repeated(
+            bare_step(half, mixed(parallel_loss(half, inputs, labels), is_bf16=True)), shape.steps
+        )
     if problem_with("transformers") is None:
         theirs = huggingface(shape)
         # It shifts labels itself: one target less in a row than ours.
@@ -254,7 +260,8 @@ def run(quick: bool) -> Found:
         figures[shape.size] = {row.name: row.figures() | {"tokens_per_call": tokens} for row in rows}
     head = ["shape", "", "tokens/s", "time / ours", "MFU", "spread", "warm-up"]
     versions = ", ".join(f"{name} {version_of(name)}" for name in PEERS if problem_with(name) is None)
-    told = f"{'bf16, compiled' if IS_FAST else 'fp32, eager'}, fused AdamW, gradient norm clipped, median of the rounds. {versions}."
+    how = "bf16, compiled" if IS_FAST else "fp32 where nothing is said, eager"
+    told = f"{how}, fused AdamW, gradient norm clipped, median of the rounds. {versions}."
     if not IS_FAST and is_onednn_faster():
         told += (
             " MKL has no AVX-512 products for this processor: ours leaves large ones to oneDNN, the others take torch's, which are MKL's. "

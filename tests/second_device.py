@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch._dynamo  # imports itself at the first random tensor, which must not go through the mode below
-from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
+from lightning.pytorch.accelerators import Accelerator
 from torch import Tensor, nn
 from torch.utils._contextlib import _DecoratorContextManager
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -181,4 +181,3 @@ def install() -> None:
 
     torch.tensor = tensor  # type: ignore[assignment]
     _Dispatch().__enter__()
-    AcceleratorRegistry.register(NAME, SecondDevice, description=SecondDevice.__doc__ or "")

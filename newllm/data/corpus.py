@@ -101,8 +101,6 @@ def described(
     """
     warn_if_smaller(tokenizer, tokenizer_config)
     why_no_bits = why_no_bits_per_byte(_held_out_texts(cached), tokenizer)
-    if why_no_bits is not None:
-        warnings.warn(f"bits per byte are left out: {why_no_bits}.", stacklevel=2)
     spells_text = why_no_bits is None
     parts = {split: use_part(cached, split, tokenizer, data, spells_text=spells_text) for split in SPLITS}
     train, held_out = parts["train"], parts["validation"]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -151,8 +150,6 @@ def prepare(data: ReversalConfig, tokenizer_config: TokenizerConfig) -> Prepared
     hashes = {split: _hashes(part.texts) for split, part in parts.items()}
     nats = cross_entropy(held_out.counts, train.counts)
     why_no_bits = why_no_bits_per_byte(_tokenised(texts["validation"] + texts["test"], tokenizer), tokenizer)
-    if why_no_bits is not None:
-        warnings.warn(f"bits per byte are left out: {why_no_bits}.", stacklevel=2)
     spells_text = why_no_bits is None
     splits = {split: part.facts(tokenizer, spells_text=spells_text) for split, part in parts.items()}
     counted = splits["validation"]["bytes"]

@@ -1,6 +1,7 @@
 """Whether tokens spell the texts they came from: only then do their bytes add up to those of the text, and bits per byte are true."""
 
 import hashlib
+import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ def text_of(ids: np.ndarray, tokenizer: Tokenizer) -> bytes:
 
 
 def why_no_bits_per_byte(texts: Iterable[TokenisedText], tokenizer: Tokenizer) -> str | None:
-    """Return why a byte of these texts has no true number of bits, or None where it has.
+    """Return why a byte of these texts has no true number of bits, and warn of it; None where it has.
 
     Vocabularies that normalise (lower case, other spaces, accents left out or taken apart) write another text than they were given: its
     bytes are not those of the text, and a model of it does not tell the text. Accents that they compose (NFC) leave it the same text,
@@ -46,10 +47,12 @@ def why_no_bits_per_byte(texts: Iterable[TokenisedText], tokenizer: Tokenizer) -
             changed.append(f"{text.id}, whose {text.num_bytes} bytes its tokens spell with {len(spelt)}")
     if not changed:
         return None
-    return (
+    reason = (
         f"the tokenizer changes {len(changed)} of {num_texts} held-out texts, as {changed[0]}. With bits per byte: vocabularies that "
         "keep every byte, as tokenizer=bpe and tokenizer=bytes"
     )
+    warnings.warn(f"bits per byte are left out: {reason}.", stacklevel=3)
+    return reason
 
 
 def bytes_that_count(tokenizer: Tokenizer, *, spells_text: bool) -> np.ndarray:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -15,7 +14,7 @@ from newllm.config.schema import DataConfig, TokenizerConfig
 from newllm.data.blocks import Blocks, count_blocks, count_used_tokens
 from newllm.data.document import Source
 from newllm.data.prepared import PreparedData
-from newllm.data.spelling import TokenisedText, bytes_that_count, text_of, why_no_bits_per_byte
+from newllm.data.spelling import bytes_that_count, text_of
 from newllm.data.split_rule import SplitRule
 from newllm.data.streams import SPLITS, open_streams, open_tokenizer
 from newllm.data.text_statistics import bigram_entropy, count_tokens, cross_entropy, unseen_share
@@ -100,7 +99,7 @@ def described(
         ValueError: the text is too short, or validation holds too many unseen tokens.
     """
     warn_if_smaller(tokenizer, tokenizer_config)
-    why_no_bits = why_no_bits_per_byte(_held_out_texts(cached), tokenizer)
+    why_no_bits = cached.meta["why_no_bits_per_byte"]
     spells_text = why_no_bits is None
     parts = {split: use_part(cached, split, tokenizer, data, spells_text=spells_text) for split in SPLITS}
     train, held_out = parts["train"], parts["validation"]
@@ -126,7 +125,7 @@ def described(
     return PreparedData(
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
-        token_bytes=bytes_that_count(tokenizer, spells_text=spells_text),
+        token_bytes=bytes_that_count(tokenizer, why_not=why_no_bits),
         train=train.blocks,
         validation=held_out.blocks,
         test=parts["test"].blocks,
@@ -137,16 +136,6 @@ def described(
         targets_are_next_tokens=True,
         validation_text=partial(text_of, held_out.targets, tokenizer) if spells_text else None,
     )
-
-
-def _held_out_texts(cached: CachedFolder) -> Iterator[TokenisedText]:
-    for split in ("validation", "test"):
-        stream, start = cached.ids(f"{split}.bin"), 0
-        for record in cached.meta["documents"][split]:
-            end = start + record["tokens"]
-            hashes = (record["hash"], record["spelling_hash"])
-            yield TokenisedText(record["id"], hashes, record["bytes"], stream[start : end - 1])
-            start = end
 
 
 def _entropies(train: UsedPart, held_out: UsedPart, tokenizer: Tokenizer) -> dict[str, float | None]:

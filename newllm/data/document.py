@@ -1,7 +1,6 @@
 """A document, and the sources that documents come from."""
 
 import hashlib
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,11 +11,6 @@ from typing import Any
 def text_hash(text: str) -> str:
     """Return the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def spelling_hash(text: str) -> str:
-    """Return the SHA-256 of a text in Unicode's normal form C: texts that differ in how accents are composed are one text."""
-    return text_hash(unicodedata.normalize("NFC", text))
 
 
 @dataclass(frozen=True)

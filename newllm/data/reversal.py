@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,10 +13,11 @@ from newllm.config.fields import Count, Range, Share
 from newllm.config.schema import DataConfig, TokenizerConfig
 from newllm.data.blocks import Blocks, count_blocks, count_used_tokens
 from newllm.data.corpus import check_unseen, warn_if_smaller
-from newllm.data.document import Document, spelling_hash, text_hash
+from newllm.data.document import Document
 from newllm.data.facts import Fact, draw_facts
 from newllm.data.prepared import PreparedData
-from newllm.data.spelling import TokenisedText, bytes_that_count, text_of, why_no_bits_per_byte
+from newllm.data.spelling import bytes_that_count, text_of, why_no_bits_per_byte
+from newllm.data.streams import encode_documents
 from newllm.data.text_statistics import count_tokens, cross_entropy, unseen_share
 from newllm.data.tokenizer import Tokenizer
 from newllm.data.tokenizer_kinds import ready_tokenizer, train_tokenizer
@@ -149,14 +150,15 @@ def prepare(data: ReversalConfig, tokenizer_config: TokenizerConfig) -> Prepared
     check_unseen(share, data)
     hashes = {split: _hashes(part.texts) for split, part in parts.items()}
     nats = cross_entropy(held_out.counts, train.counts)
-    why_no_bits = why_no_bits_per_byte(_tokenised(texts["validation"] + texts["test"], tokenizer), tokenizer)
+    asked = [Document(text, repr(text), "") for text in texts["validation"] + texts["test"]]
+    why_no_bits = why_no_bits_per_byte(encode_documents(asked, tokenizer), tokenizer)
     spells_text = why_no_bits is None
     splits = {split: part.facts(tokenizer, spells_text=spells_text) for split, part in parts.items()}
     counted = splits["validation"]["bytes"]
     return PreparedData(
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
-        token_bytes=bytes_that_count(tokenizer, spells_text=spells_text),
+        token_bytes=bytes_that_count(tokenizer, why_not=why_no_bits),
         train=train.blocks,
         validation=held_out.blocks,
         test=parts["test"].blocks,
@@ -216,11 +218,6 @@ def _part(texts: list[str], order: np.ndarray, tokenizer: Tokenizer, data: Rever
     blocks = Blocks(stream, block_length=data.block_length, num_blocks=num_blocks, eos_id=tokenizer.eos_id)
     targets = stream[1 : count_used_tokens(num_blocks, data.block_length)]
     return Part(texts, stream, blocks, targets, count_tokens(targets.astype(np.int64), tokenizer.vocab_size))
-
-
-def _tokenised(texts: list[str], tokenizer: Tokenizer) -> Iterator[TokenisedText]:
-    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        yield TokenisedText(repr(text), (text_hash(text), spelling_hash(text)), len(text.encode()), ids)
 
 
 def _check_length(parts: dict[str, Part], data: ReversalConfig) -> None:

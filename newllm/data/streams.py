@@ -11,7 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from newllm.config.schema import TokenizerConfig
-from newllm.data.document import Document, Source, read_source, spelling_hash
+from newllm.data.document import Document, Source, read_source
+from newllm.data.spelling import why_no_bits_per_byte
 from newllm.data.split import Split
 from newllm.data.split_rule import SplitRule
 from newllm.data.token_cache import CachedFolder, open_or_build
@@ -46,7 +47,7 @@ def open_streams(source: Source, rule: SplitRule, tokenizer: Tokenizer, *, cache
 
     The cache is named by the tokenizer itself, not by how it came about: a run's saved tokenizer finds the run's cache.
     Its meta holds: dtype, skipped (by reason), parts (documents of each part of the source), rule (words), tokenize_seconds,
-    and for each split the documents in order, each with id, hash, bytes and tokens.
+    for each split the documents in order, each with id, hash, bytes and tokens, and why the held-out ones have no bits per byte.
     """
     described = {"json": tokenizer.to_json(), "vocab_size": tokenizer.vocab_size}
     key = {"source": source.signature, "split": rule.signature, "tokenizer": described}
@@ -67,14 +68,30 @@ def write_split(folder: Path, split: Split, skipped: dict[str, int], tokenizer: 
         name: write_stream(folder / f"{name}.bin", part, tokenizer, dtype)
         for name, part in zip(SPLITS, parts, strict=True)
     }
+    tokenize_seconds = time.perf_counter() - start
+    held_out = (
+        text
+        for name, part in zip(SPLITS[1:], parts[1:], strict=True)
+        for text in _read_back(folder / f"{name}.bin", part, documents[name], dtype)
+    )
     return {
         "dtype": dtype.name,
         "skipped": skipped,
         "parts": dict(sorted(Counter(document.source for part in parts for document in part).items())),
         "rule": split.rule,
-        "tokenize_seconds": time.perf_counter() - start,
+        "tokenize_seconds": tokenize_seconds,
         "documents": documents,
+        "why_no_bits_per_byte": why_no_bits_per_byte(held_out, tokenizer),
     }
+
+
+def _read_back(
+    path: Path, documents: list[Document], rows: list[dict[str, Any]], dtype: np.dtype
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """Yield the documents of a stream with their ids, without EOS."""
+    ends = np.cumsum([row["tokens"] for row in rows], dtype=np.int64)
+    for document, ids in zip(documents, np.split(np.fromfile(path, dtype), ends), strict=False):
+        yield document, ids[:-1]
 
 
 def write_stream(path: Path, documents: list[Document], tokenizer: Tokenizer, dtype: np.dtype) -> list[dict[str, Any]]:
@@ -130,7 +147,6 @@ def _record(document: Document, *, num_tokens: int) -> dict[str, Any]:
     return {
         "id": document.id,
         "hash": document.text_hash,
-        "spelling_hash": spelling_hash(document.text),
         "bytes": document.num_bytes,
         "tokens": num_tokens,
     }

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-FORMAT_VERSION = 3  # raised whenever code writes other bytes for the same key
+FORMAT_VERSION = 4  # raised whenever code writes other bytes for the same key
 META = "meta.json"
 NAME_DIGITS = 16
 

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from newllm.arrivals import OnTheWay
 from newllm.state import State, tensors_of
 
 
@@ -18,23 +19,19 @@ class Step:
 
     Attributes:
         number: optimizer steps made, this one included.
-        figures: mean loss in nats, L2 norm of all gradients, 1 if any rank has NaN or Inf: [3], on the host.
-        copied: when the figures have arrived; None where they were never elsewhere.
+        figures: mean loss in nats, L2 norm of all gradients, 1 if any rank has NaN or Inf: [3].
         batches: the batches it was made from, one per accumulation.
         states: what each started from, as far as the module says.
     """
 
     number: int
-    figures: Tensor
-    copied: torch.cuda.Event | None
+    figures: OnTheWay
     batches: list[Any]
     states: list[Any]
 
     def read(self) -> tuple[float, float, bool]:
         """Return the mean loss, the gradient norm and whether the step was skipped; waits until they are known."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        loss, norm, is_bad = self.figures.tolist()
+        loss, norm, is_bad = self.figures.wait().tolist()
         return loss, norm, bool(is_bad)
 
 
@@ -76,17 +73,6 @@ def skip_if_bad(optimizer: torch.optim.Optimizer, is_bad: Tensor) -> None:
         optimizer.found_inf = (is_bad > 0).float()  # type: ignore[attr-defined]
     elif is_bad.item() > 0:
         optimizer.zero_grad(set_to_none=True)  # parameters without gradient are left alone
-
-
-def to_host(figures: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Start the copy to the host and return where it goes, with the event that says when it has arrived."""
-    if figures.device.type != "cuda":
-        return figures, None
-    host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
-    host.copy_(figures, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-    return host, copied
 
 
 def on_host(value: Any) -> Any:

@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from newllm.trainers.arrivals import Arrivals, sent_to
+from newllm.arrivals import Arrivals, sent_to
 from newllm.trainers.lagged_cache import map_file
 
 SHARE_OF_FREE = 0.9

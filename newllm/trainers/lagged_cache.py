@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from newllm.trainers.arrivals import Arrivals, sent_to
+from newllm.arrivals import Arrivals, sent_to
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # numpy knows no bf16: on disk its two bytes travel as int16.

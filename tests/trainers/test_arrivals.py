@@ -1,35 +1,38 @@
 """What travels to the host: it is in its place before it is asked for, by whom ever, and little of it is on the way at once."""
 
-from typing import Any
-
 import pytest
 import torch
 from small_cvfp import small_procedure
 from torch import Tensor
 
-from newllm.trainers.arrivals import Arrivals
+from newllm.arrivals import OnTheWay
 from newllm.trainers.context_cache import ContextCache
 
 
-class Arrived:
-    """An event that has come."""
+class Travel:
+    """An event that comes when it is waited for; until then the host's memory holds what it held before."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.host, self._sent, self.is_over = torch.full_like(tensor, torch.nan), tensor.clone(), False
 
     def synchronize(self) -> None:
-        pass
+        self.host.copy_(self._sent)
+        self.is_over = True
 
 
 @pytest.fixture
 def travels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Has everything travel, as from a GPU; the sizes of what was sent while nothing else was on the way."""
     sizes: list[int] = []
+    travels: list[Travel] = []
 
-    def expect(self: Arrivals, tensor: Tensor, put: Any) -> None:
-        assert self._expected is None
-        self._expected = tensor.clone(), put, Arrived()  # type: ignore[assignment]
+    def to_host(tensor: Tensor) -> OnTheWay:
+        assert all(travel.is_over for travel in travels)
         sizes.append(tensor.numel())
+        travels.append(Travel(tensor))
+        return OnTheWay(travels[-1].host, travels[-1])  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Arrivals, "_expect", expect)
-    monkeypatch.setattr(Arrivals, "_is_there", staticmethod(lambda tensor: False))
+    monkeypatch.setattr("newllm.arrivals.to_host", to_host)
     return sizes
 
 

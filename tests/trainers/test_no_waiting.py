@@ -12,10 +12,10 @@ from small_cvfp import small_procedure
 from torch import Tensor
 from waits import Waits
 
+from newllm.arrivals import Arrivals
 from newllm.config.compose import compose
 from newllm.config.typed import real_config
 from newllm.models.create import build_model
-from newllm.trainers.arrivals import Arrivals
 from newllm.trainers.base import TrainingModule
 from newllm.trainers.build import build_training_module
 

@@ -3,16 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class OnTheWay:
+    """A tensor whose copy to the host may still be on its way.
+
+    Attributes:
+        host: where it arrives.
+        arrived: when it is there; None where it was never elsewhere.
+    """
+
+    host: Tensor
+    arrived: torch.cuda.Event | None
+
+    def wait(self) -> Tensor:
+        """Return the tensor on the host; waits until it is there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.host
+
+
+def to_host(tensor: Tensor) -> OnTheWay:
+    """Start the copy of a tensor to the host; one that is there already is not copied."""
+    if tensor.device.type != "cuda":
+        return OnTheWay(tensor, None)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return OnTheWay(host, arrived)
 
 
 class Arrivals:
     """Keeps apart what was sent and what has arrived: what is on the way is put in its place by the next `send` or `settle`."""
 
     def __init__(self) -> None:
-        self._expected: tuple[Tensor, Callable[[Tensor], None], torch.cuda.Event] | None = None
+        self._expected: tuple[OnTheWay, Callable[[Tensor], None]] | None = None
 
     def send(self, tensor: Tensor, put: Callable[[Tensor], None]) -> None:
         """Have `put` called with the tensor on the host: at once if it is there, else when it has come.
@@ -24,29 +55,18 @@ class Arrivals:
             put: puts it in its place.
         """
         self.settle()
-        if self._is_there(tensor):
-            put(tensor)
+        sent = to_host(tensor)
+        if sent.arrived is None:
+            put(sent.host)
         else:
-            self._expect(tensor, put)
+            self._expected = sent, put
 
     def settle(self) -> None:
         """Put what was sent in its place."""
         if self._expected is None:
             return
-        (host, put, arrived), self._expected = self._expected, None
-        arrived.synchronize()
-        put(host)
-
-    @staticmethod
-    def _is_there(tensor: Tensor) -> bool:
-        return tensor.device.type != "cuda"
-
-    def _expect(self, tensor: Tensor, put: Callable[[Tensor], None]) -> None:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._expected = host, put, arrived
+        (sent, put), self._expected = self._expected, None
+        put(sent.wait())
 
     def forget(self) -> None:
         """Leave out what has not been put in its place."""

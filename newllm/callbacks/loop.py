@@ -3,11 +3,17 @@
 from typing import Any
 
 from lightning.pytorch import Trainer
+from torch.amp import GradScaler
 
 
 def has_stepped(trainer: Trainer) -> bool:
     """Return whether the batch that has just ended closed an optimizer step; False while gradients accumulate."""
     return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def loss_scaler(trainer: Trainer) -> GradScaler | None:
+    """Return what scales the losses of fp16, whose gradients overflow now and then by design; None in other precisions."""
+    return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def validation_is_due(trainer: Trainer) -> bool:

@@ -13,11 +13,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from newllm.arrivals import to_host
+from newllm.callbacks.loop import loss_scaler
 from newllm.config.schema import GuardsConfig
 from newllm.guards.detectors import SpikeDetector, suspected_leak
 from newllm.guards.events import dump, keep_events, write_event
 from newllm.guards.probe import PROBE_TOKENS, ROWS, untouched
-from newllm.guards.step import Step, measure, on_host, skip_if_bad, uses_scaler
+from newllm.guards.step import Step, measure, on_host, skip_if_bad
 from newllm.guards.verdict import GuardFailure, Verdict
 from newllm.models.base import LanguageModel
 from newllm.state import tensors_of
@@ -92,7 +93,7 @@ class Monitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         figures = measure(trainer, optimizer, self._losses)
-        if not uses_scaler(trainer):
+        if loss_scaler(trainer) is None:
             skip_if_bad(optimizer, figures[2])
         self._waiting.append(Step(trainer.global_step + 1, to_host(figures), self._batches, self._states))
         self._losses, self._batches, self._states = [], [], []

@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from newllm.arrivals import OnTheWay
+from newllm.callbacks.loop import loss_scaler
 from newllm.state import State, tensors_of
 
 
@@ -35,11 +36,6 @@ class Step:
         return loss, norm, bool(is_bad)
 
 
-def uses_scaler(trainer: Trainer) -> bool:
-    """Return whether losses are scaled: fp16, whose gradients overflow now and then by design."""
-    return getattr(trainer.precision_plugin, "scaler", None) is not None
-
-
 def measure(trainer: Trainer, optimizer: torch.optim.Optimizer, losses: list[Tensor]) -> Tensor:
     """Return mean loss, gradient norm and whether any rank has NaN or Inf, [3], on the device, without waiting for it.
 
@@ -55,10 +51,11 @@ def measure(trainer: Trainer, optimizer: torch.optim.Optimizer, losses: list[Ten
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).float().to(loss.device)
     is_finite = torch.isfinite(loss)
-    if uses_scaler(trainer):
-        loss = loss / trainer.precision_plugin.scaler.get_scale()  # type: ignore[attr-defined]
-    else:
+    scaler = loss_scaler(trainer)
+    if scaler is None:
         is_finite = is_finite & torch.isfinite(norm)
+    else:
+        loss = loss / scaler.scale(torch.ones_like(loss))  # `get_scale` waits for the device
     figures = torch.stack([loss, norm, (~is_finite).float()])
     if trainer.world_size > 1:  # all ranks must judge alike; after the backward pass they have the same gradients
         torch.distributed.all_reduce(figures)

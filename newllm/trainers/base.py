@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from newllm import ranks
-from newllm.callbacks.loop import has_stepped
+from newllm.callbacks.loop import has_stepped, loss_scaler
 from newllm.config.schema import TrainConfig
 from newllm.evaluation.scoring import Mode, Score, score_batch
 from newllm.layers.telemetry import memory_telemetry
@@ -184,6 +184,10 @@ class TrainingModule(lightning.LightningModule):
         if self.loss_factor is not None:
             gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
             torch._foreach_mul_(gradients, self.loss_factor)
+        scaler = loss_scaler(self.trainer)
+        if scaler is not None:
+            # Lightning leaves it to the fused optimizer, which comes after the clipping and the norm that is logged.
+            scaler.unscale_(self.trainer.optimizers[0])
 
     def state_before(self, batch: Batch) -> Any:
         """Return the state that the next step on this batch starts from; None for the empty one."""

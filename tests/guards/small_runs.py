@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins import Precision
 from torch import Tensor
 
 from newllm.callbacks.loop import validate_every
@@ -150,13 +151,19 @@ class SmallRun:
         self.weights = KeepWeights()
 
     def fit(
-        self, *callbacks: Callback, resume: Path | None = None, max_steps: int | None = None, accelerator: str = "cpu"
+        self,
+        *callbacks: Callback,
+        resume: Path | None = None,
+        max_steps: int | None = None,
+        accelerator: str = "cpu",
+        plugins: Precision | None = None,
     ) -> "SmallRun":
         """Train; further callbacks come before the guards."""
         options = self.config.trainer
         self.trainer = Trainer(
             accelerator=accelerator,
             devices=1,
+            plugins=plugins,
             max_steps=options.max_steps if max_steps is None else max_steps,
             max_epochs=-1,
             accumulate_grad_batches=options.accumulate_batches,

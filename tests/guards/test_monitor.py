@@ -1,11 +1,14 @@
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from small_runs import FEEDBACK, SmallRun
 from torch import Tensor, nn
 
@@ -310,6 +313,47 @@ def test_events_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     assert json.loads(lines[0])["state_norms"] == {"a": None}
+
+
+class ScaledLosses(MixedPrecision):
+    """What fp16 does to losses, with the arithmetic of fp32."""
+
+    def __init__(self) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**16))
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        yield
+
+
+class NormsOfSteps(Callback):
+    def __init__(self) -> None:
+        self.found: list[Tensor | None] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.found.append(pl_module.last_grad_norm)  # type: ignore[arg-type]
+
+
+def test_scaled_losses_make_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients were clipped and their norm was logged before their scale was taken off."""
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda self: pytest.fail("the step waits for the device"))
+    norms, scaled_norms = NormsOfSteps(), NormsOfSteps()
+    overrides = (
+        SAFE,
+        "trainer.max_steps=3",
+        "trainer.validate_every_steps=3",
+        "trainer.gradient_clip_norm=0.5",
+        "trainer.accumulate_batches=2",
+    )
+
+    plain = SmallRun(tmp_path, *overrides).fit(norms)
+    scaled = SmallRun(tmp_path, *overrides).fit(scaled_norms, plugins=ScaledLosses())
+
+    # A power of two changes no digit.
+    assert scaled_norms.found == norms.found
+    assert list(scaled.monitor._spikes.losses) == list(plain.monitor._spikes.losses)
+    weights = plain.module.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in scaled.module.state_dict().items())
 
 
 @pytest.mark.gpu

@@ -225,7 +225,7 @@ def read_metrics(folder: str | Path) -> list[Metrics]:
     A last line that a killed process tore is left out; damage elsewhere is an error.
 
     Raises:
-        ValueError: a line before the last is no JSON object.
+        ValueError: a line before the last is no JSON object of numbers with a step.
     """
     path = Path(folder) / "metrics.jsonl"
     try:
@@ -237,14 +237,25 @@ def read_metrics(folder: str | Path) -> list[Metrics]:
         if not line.strip():
             continue
         try:
-            read.append({name: math.nan if value is None else value for name, value in json.loads(line).items()})
-        except (ValueError, AttributeError) as error:
+            read.append(_log_step(json.loads(line)))
+        except ValueError as error:
             if number == len(lines):  # not ended by a newline: torn
                 continue
             raise ValueError(
-                f"{path}:{number}: is damaged ({error}). Allowed: one JSON object a line. Delete the line."
+                f"{path}:{number}: is damaged ({error}). Allowed: one JSON object a line, of numbers, with its step. Delete the line."
             ) from error
     return read
+
+
+def _log_step(found: Any) -> Metrics:
+    if not isinstance(found, dict):
+        raise ValueError(f"is {type(found).__name__}, not an object")
+    if not isinstance(found.get("step"), int):
+        raise ValueError(f"step={found['step']!r} is no count" if "step" in found else "has no step")
+    strange = [name for name, value in found.items() if not isinstance(value, int | float | None)]
+    if strange:
+        raise ValueError(f"{strange[0]}={found[strange[0]]!r} is no number")
+    return {name: math.nan if value is None else value for name, value in found.items()}
 
 
 def last_and_best(lines: Sequence[Metrics]) -> tuple[Metrics, Metrics]:

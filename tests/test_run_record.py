@@ -162,10 +162,20 @@ def test_read_metrics_leaves_out_a_torn_last_line(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == [{"step": 1, "tokens": 8}]
 
 
-def test_read_metrics_names_a_damaged_line(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"st', "Unterminated string"),
+        ("[1]", "is list, not an object"),
+        ('{"tokens": 8}', "has no step"),
+        ('{"step": null}', "step=None is no count"),
+        ('{"step": 2, "train/loss": "low"}', "train/loss='low' is no number"),
+    ],
+)
+def test_read_metrics_names_a_damaged_line(tmp_path: Path, line: str, told: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
 
-    with pytest.raises(ValueError, match=r"metrics.jsonl:2: is damaged"):
+    with pytest.raises(ValueError, match=rf"metrics.jsonl:2: is damaged \({told}.*Delete the line"):
         read_metrics(tmp_path)
 
 

@@ -57,6 +57,12 @@ def refuse(runs: Sequence[RunCurves], lacking: str, allowed: str) -> NoReturn:
     refuse_all([f"report: none of {counted(len(runs), 'run')} {lacking}. Allowed: {allowed}"])
 
 
+def refuse_unmeasured(runs: Sequence[RunCurves], name: str) -> NoReturn:
+    """Say that none of the runs has been measured, and end with exit code 2."""
+    measure = f"python evaluate.py run=<folder> 'evaluation=[{name}]'"
+    refuse(runs, f"has finished with evaluation=[{name}]", f"at least one. Wait, or measure: {measure}.")
+
+
 def show(tables: Iterable[Table]) -> None:
     """Print tables, each under its title and above its note."""
     width = shutil.get_terminal_size((120, 24)).columns

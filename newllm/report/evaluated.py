@@ -3,8 +3,12 @@
 import json
 import shlex
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
+from newllm.config.compose import compose
+from newllm.config.schema import EvaluationConfig, TrainConfig
+from newllm.config.typed import build
 from newllm.report.collect import RunCurves, Unreadable
 
 COMPARED = {"checkpoint": "best", "split": "validation"}
@@ -42,17 +46,30 @@ def with_measurement(runs: Sequence[RunCurves], name: str) -> tuple[list[RunCurv
     for run in runs:
         if run.status != "finished":
             continue
-        folder = run.run.folder
-        repair = f"Run: python evaluate.py {shlex.quote(f'run={folder}')} 'evaluation=[{name}]'"
         try:
             if name in evaluation_of(run):
                 measured.append(run)
-            else:
-                left_out.append(Unreadable(folder, f"has not been measured with evaluation=[{name}]. {repair}"))
+                continue
+            reason = f"has not been measured with evaluation=[{name}]."
         except ValueError as error:
-            left_out.append(Unreadable(folder, f"{error} {repair}"))
+            reason = str(error)
+        left_out.append(Unreadable(run.run.folder, f"{reason} {_what_to_do(run, name)}"))
     _check_options(measured, name)
     return measured, left_out
+
+
+def _what_to_do(run: RunCurves, name: str) -> str:
+    """How a run is measured, or why it cannot be."""
+    config, mistakes = build(run.run.config, TrainConfig)
+    problems = [] if mistakes else _offered(name).check(config)
+    if problems:
+        return f"It cannot be: {problems[0].partition(' Allowed')[0]}"
+    return f"Run: python evaluate.py {shlex.quote(f'run={run.run.folder}')} 'evaluation=[{name}]'"
+
+
+@cache
+def _offered(name: str) -> EvaluationConfig:
+    return compose(["run=.", f"evaluation=[{name}]"], root="evaluate").evaluation[name]
 
 
 def _check_options(runs: Iterable[RunCurves], name: str) -> None:

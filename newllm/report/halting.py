@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from newllm.report.collect import RunCurves
-from newllm.report.command import keep, measured_runs, parser_of, readable_runs, refuse, show
+from newllm.report.command import keep, measured_runs, parser_of, readable_runs, refuse_unmeasured, show
 from newllm.report.evaluated import evaluation_of, with_measurement
 from newllm.report.groups import Group, group_runs
 from newllm.report.statistics import Difference, mean_and_deviation, paired_difference
@@ -192,8 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     learned = [run for run in runs if not _is_fixed(run)]
     frontiers = frontiers_of([*measured_runs(learned, "halting"), *measured_runs(fixed, "perplexity")])
     if not frontiers:
-        measure = "python evaluate.py run=<folder> evaluation=[halting]"
-        refuse(runs, "has finished with evaluation=[halting]", f"at least one. Wait, or measure: {measure}.")
+        refuse_unmeasured(runs, "halting")
     show([halting_table(frontiers)])
     keep(draw_halting(frontiers), given)
     return 0

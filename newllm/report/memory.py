@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from newllm.config.command_line import refuse as refuse_all
-from newllm.report.command import keep, measured_runs, parser_of, readable_runs, refuse, show
+from newllm.report.command import keep, measured_runs, parser_of, readable_runs, refuse_unmeasured, show
 from newllm.report.segments import Corpus, Reader, Segments, corpora_of
 from newllm.report.style import COLOURS, FAINT, new_figure, styled, tidy
 from newllm.report.tables import NONE, Table, number, spread
@@ -134,8 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         refuse_all([str(error)])
     if not corpora:
-        measure = "python evaluate.py run=<folder> evaluation=[memory]"
-        refuse(runs, "has finished with evaluation=[memory]", f"at least one. Wait, or measure: {measure}.")
+        refuse_unmeasured(runs, "memory")
     show(map(segment_table, corpora))
     keep(draw_segments(corpora), given)
     return 0

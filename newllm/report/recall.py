@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from newllm.report.command import keep, measured_runs, parser_of, readable_runs, refuse, show
+from newllm.report.command import keep, measured_runs, parser_of, readable_runs, refuse_unmeasured, show
 from newllm.report.probes import EQUAL_BYTES, PAPER, READINGS, Memory, Probe, probes_of
 from newllm.report.statistics import interval, mean_and_deviation
 from newllm.report.style import COLOURS, FAINT, new_figure, styled, tidy
@@ -168,8 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = readable_runs(given.folders)
     probes = probes_of(measured_runs(runs, "recall"))
     if not probes:
-        measure = "python evaluate.py run=<folder> evaluation=[recall]"
-        refuse(runs, "has finished with evaluation=[recall]", f"at least one. Wait, or measure: {measure}.")
+        refuse_unmeasured(runs, "recall")
     show(table for probe in probes for table in (recall_table(probe), *slice_tables(probe)))
     keep(draw_state_vs_recall(probes), given)
     return 0

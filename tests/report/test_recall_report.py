@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from made_runs import exit_code, write_evaluation, write_run
 
+from newllm.config.compose import compose
+from newllm.config.typed import plain
 from newllm.report.collect import collect
 from newllm.report.groups import memory_name
 from newllm.report.probes import METRIC, Memory, Probe, probes_of
@@ -149,6 +152,19 @@ def test_a_run_measured_of_something_else_is_left_out_by_name(
         f"with checkpoint={told['checkpoint']}, split={told['split']}. Allowed: checkpoint=best, split=val" in shown.err
     )
     assert f"Run: python evaluate.py run={sweep / 'g'} 'evaluation=[recall]'" in shown.err
+
+
+def test_a_run_of_plain_text_is_not_told_to_measure_a_recall_probe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (write_run(tmp_path / "text") / "config.yaml").write_text(yaml.safe_dump(plain(compose([]))))
+
+    assert exit_code(main, [str(tmp_path)]) == 2
+
+    assert (
+        "has not been measured with evaluation=[recall]. It cannot be: evaluation=[recall]: measures a recall probe, "
+        "data of kind bible ask for nothing.\n"
+    ) in capsys.readouterr().err
 
 
 def test_slices_stand_by_length_and_bucket_with_intervals_over_seeds(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One process writes a run folder at a time."""
+"""One process writes a run folder at a time, and one at a time what is measured of it."""
 
 import fcntl
 import os
@@ -15,15 +15,29 @@ def only_writer(folder: Path) -> Iterator[None]:
         ValueError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with _opened(folder) as descriptor:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder}: another process is writing this run. Allowed: one at a time. Wait for it, stop it, or choose another name."
+            ) from None
+        yield
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for the folder, and keep others waiting until this one ends."""
+    with _opened(folder) as descriptor:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    """A descriptor of the folder; closing it, or dying, gives up what was locked with it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(
-            f"{folder}: another process is writing this run. Allowed: one at a time. Wait for it, stop it, or choose another name."
-        ) from None
-    try:
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)

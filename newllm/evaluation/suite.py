@@ -23,6 +23,7 @@ from newllm.hardware import check_devices
 from newllm.host_memory import keep_freed_memory
 from newllm.load import LoadedRun, load_run
 from newllm.models.base import LanguageModel
+from newllm.run_lock import in_turn
 from newllm.whole_file import write_whole
 
 OF_THE_RUN = ("best", "validation")  # what evaluation.json is of: reports compare runs by it
@@ -107,12 +108,16 @@ def run_suite(
         measured["reproduced"] = _reproduced(run, measured["perplexity"])
     given = {"batch_size": batch_size or run.config.data.eval_batch_size, "device": device}
     made_with = {name: {**dataclasses.asdict(chosen), **given} for name, chosen in evaluations.items()}
-    path = run.folder / _file_name(of)
-    # Read only now: what another process measured meanwhile stays.
+    with in_turn(run.folder / "checkpoints"):  # the run's own lock is held where it is measured at its end
+        _keep(run.folder / _file_name(of), of, measured, made_with)
+    return {**of, **measured, "made_with": made_with}
+
+
+def _keep(path: Path, of: Mapping[str, Any], measured: Mapping[str, Any], made_with: Mapping[str, Any]) -> None:
+    """Add what was measured to the file of these weights and this split."""
     earlier = _measured_before(path, of)
     kept = {**earlier, **of, **measured, "made_with": {**earlier.get("made_with", {}), **made_with}}
     write_whole(path, json.dumps(_plain(kept), indent=2, allow_nan=False) + "\n")
-    return {**of, **measured, "made_with": made_with}
 
 
 def _file_name(of: Mapping[str, Any]) -> str:

@@ -5,12 +5,15 @@ import inspect
 import json
 import shutil
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from newllm.config.compose import compose
+from newllm.evaluation import suite
 from newllm.evaluation.suite import run_evaluation
 from newllm.load import load_run
 from newllm.run import run_training
@@ -101,6 +104,27 @@ def test_measuring_again_keeps_what_was_measured_before_of_the_same_weights(trai
         "generation": 1,
     }
     assert found["made_with"]["generation"]["new_tokens"] == 4
+
+
+def test_of_two_evaluations_at_once_neither_is_lost(trained, tmp_path, monkeypatch):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    (folder / "evaluation.json").unlink(missing_ok=True)
+    run, evaluations = (
+        load_run(folder),
+        compose(["run=.", "evaluation=[perplexity,positions]"], root="evaluate").evaluation,
+    )
+    read = suite._measured_before
+
+    def read_slowly(*args):
+        found = read(*args)
+        time.sleep(0.2)
+        return found
+
+    monkeypatch.setattr(suite, "_measured_before", read_slowly)
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(lambda name: suite.run_suite(run, {name: evaluations[name]}), evaluations))
+
+    assert json.loads((folder / "evaluation.json").read_text()).keys() >= {"perplexity", "positions"}
 
 
 def test_measurements_of_an_earlier_step_are_kept_apart(trained, tmp_path, capsys):

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from newllm.config.compose import examine, read_config
 from newllm.config.help_text import help_text
 from newllm.config.library import damage_named, load
+from newllm.config.named_files import missing_files
 from newllm.config.overrides import parse, quoted, readable, with_quotes
 from newllm.config.problems import ConfigError, listed
 from newllm.config.run_folder import can_resume, differences, latest_unfinished, not_writable, overrides_of
@@ -238,6 +239,8 @@ def _examined(overrides: list[str], root: str) -> Any:
     config, problems = examine(overrides, root)
     if config is not None:
         problems += _no_place(config)
+    if isinstance(config, TrainConfig):
+        problems += missing_files(config)
     if problems:
         raise ConfigError(problems)
     return config

@@ -149,6 +149,12 @@ class TokenizerConfig(GroupConfig):
     vocab_size: Annotated[int | None, Range(minimum=2)]  # token ids; null where the kind decides
     path: str | None  # tokenizer.json, for kind file
 
+    def check(self, config: "TrainConfig") -> list[str]:
+        """Return a sentence where the tokenizer to read is not named."""
+        if self.kind != "file" or self.path is not None:
+            return []
+        return ["tokenizer.path=null: is not given. Allowed: a tokenizer.json. Set tokenizer.path."]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingConfig(GroupConfig):

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from newllm.config.compose import examine
 from newllm.config.library import hydra_setting, options
+from newllm.config.named_files import missing_files
 from newllm.config.overrides import judge, parse, quoted
 
 MAX_COMBINATIONS = 200
@@ -52,7 +53,8 @@ def examine_jobs(overrides: list[str], root: str) -> list[str]:
     jobs = list(_jobs(choices))
     found: dict[str, list[list[str]]] = {}
     for job in jobs:
-        for problem in examine(job, root)[1]:
+        config, problems = examine(job, root)
+        for problem in problems if config is None else [*problems, *missing_files(config)]:
             found.setdefault(problem, []).append(job)
     varying = {text for texts in choices.values() if len(texts) > 1 for text in texts}
     merged = _merged(found, varying)

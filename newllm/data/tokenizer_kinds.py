@@ -31,8 +31,7 @@ def ready_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
         case "bytes":
             return _checked_size(Tokenizer(_byte_backend()), config)
         case "file":
-            if config.path is None:
-                raise ValueError("tokenizer.path=null: is not given. Allowed: a tokenizer.json. Set tokenizer.path.")
+            assert config.path is not None, "the configuration refuses tokenizer=file without tokenizer.path"
             return load_tokenizer(config.path, vocab_size=config.vocab_size)
         case "pythia" | "gpt2":
             path = fetch_file(HUB_REPOSITORIES[config.kind], "tokenizer.json", key=f"tokenizer={config.kind}")

@@ -71,6 +71,9 @@ def test_help_answers_without_torch(program: str, tmp_path: Path) -> None:
         ("train.py", ["--config-name", "other"]),
         ("train.py", ["-m", "seed=0,x"]),
         ("train.py", ["resume=nowhere"]),
+        ("train.py", ["tokenizer=file"]),
+        ("train.py", ["data=jsonl", "data.path=nowhere.txt", "tokenizer=file", "tokenizer.path=nowhere.json"]),
+        ("train.py", ["-m", "data=jsonl", "data.path=nowhere.txt,nowhere.jsonl"]),
         ("evaluate.py", ["run=nowhere"]),
     ],
 )
@@ -115,7 +118,11 @@ def test_a_path_is_taken_letter_by_letter(name: str, tmp_path: Path) -> None:
     assert result.stdout.startswith(f"got TrainConfig {name}/train/")
 
 
-def test_a_path_with_a_comma_is_several_of_a_sweep() -> None:
+def test_a_path_with_a_comma_is_several_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("text")
+
     assert (
         check_command_line(["-m", "data=jsonl", "data.path=a.txt,b.txt"], root="train")[-1] == "data.path=a.txt,b.txt"
     )

@@ -58,11 +58,6 @@ def test_bytes_have_one_size() -> None:
         ready_tokenizer(config("bytes", 300))
 
 
-def test_a_file_must_be_named() -> None:
-    with pytest.raises(ValueError, match=r"tokenizer.path=null: is not given"):
-        ready_tokenizer(config("file", None))
-
-
 def test_trained_kinds_are_not_ready_and_say_what_decides_them() -> None:
     assert ready_tokenizer(config("bpe", 300)) is None
     assert describe_training(config("bpe", 300)) != describe_training(config("unigram", 300))

@@ -1,5 +1,6 @@
 """`python -m newllm.export <run> <folder>`: a Pythia stack for transformers, with its tokenizer; model.pretrained reads it back."""
 
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         refuse([f"{given.folder}: {error.strerror or error}. Allowed: a folder that can be written. Name another."])
     print(f"exported: {given.folder}")
-    print(f"read it back: python train.py {' '.join(reading_back(given.run, given.folder))}")
+    print(f"read it back: python train.py {shlex.join(reading_back(given.run, given.folder))}")
     return 0
 
 

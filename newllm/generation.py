@@ -139,7 +139,7 @@ def repetition(token_ids: list[int], *, size: int = 4) -> dict[str, float]:
         token_ids: the text.
         size: of the n-grams whose repeats are counted, tokens.
     Returns:
-        `repeated_ngrams`: share of n-grams that came before; `distinct_1`, `distinct_2`: distinct n-grams over all n-grams.
+        `repeated_4grams`, by their size: share of n-grams that came before; `distinct_1`, `distinct_2`: distinct n-grams over all n-grams.
     """
 
     def ngrams(length: int) -> Counter:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shlex
 import textwrap
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def test_an_exported_run_is_the_same_function_there_and_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = trained(tmp_path, "layers.rotary_share=0.5")
-    run, target = load_run(folder), tmp_path / "exported"
+    run, target = load_run(folder), tmp_path / "my exports"
 
     capsys.readouterr()
     assert main([str(folder), str(target)]) == 0
@@ -58,7 +59,7 @@ def test_an_exported_run_is_the_same_function_there_and_back(
     config = compose(
         [*reading_back(folder, target), "data=jsonl", f"data.path={text_file(tmp_path)}", f"data.cache_dir={tmp_path}"]
     )
-    assert f"read it back: python train.py {' '.join(reading_back(folder, target))}\n" in said.out
+    assert f"read it back: python train.py {shlex.join(reading_back(folder, target))}\n" in said.out
     back = build_model(config, run.model.vocab_size)
     load_published(back, config)
     torch.testing.assert_close(back(encoded["input_ids"]).logits, expected, atol=1e-6, rtol=0)
@@ -74,7 +75,7 @@ def test_what_transformers_cannot_hold_is_refused_before_torch(
         assert stopped.value.code == 2
         return capsys.readouterr().err
 
-    folder, target = tmp_path / "run", tmp_path / "exported"
+    folder, target = tmp_path / "run", tmp_path / "my exports"
     assert refused(str(folder)).startswith(
         "newllm: nothing was started, 1 problem found:\n  - the following arguments are"
     )
@@ -96,8 +97,8 @@ def test_a_model_with_feedback_is_refused(tmp_path: Path, capsys: pytest.Capture
     folder = trained(tmp_path, "trainer=lct")
 
     with pytest.raises(SystemExit) as stopped:
-        main([str(folder), str(tmp_path / "exported")])
+        main([str(folder), str(tmp_path / "my exports")])
 
     assert stopped.value.code == 2
     assert "the model has feedback, GPT-NeoX has none. Allowed: feedback=none." in capsys.readouterr().err
-    assert not (tmp_path / "exported").exists()
+    assert not (tmp_path / "my exports").exists()

@@ -21,6 +21,16 @@ def layer_of(model: LanguageModel, name: str) -> nn.Module:
     return model.get_submodule(".".join(name.split(".")[-2:]))
 
 
+def forget(model: LanguageModel, state: Any, kept_tokens: int) -> Any:
+    """Return the state of which ordinary attention reaches the last tokens only; a window of its own already bounds what a layer keeps."""
+
+    def shorten(name: str, cache: PythiaState) -> PythiaState:
+        layer = layer_of(model, name)
+        return cache.last(kept_tokens) if isinstance(layer, PythiaLayer) and layer.window is None else cache
+
+    return map_parts(state, PythiaState, shorten)
+
+
 def text_pieces(text: str) -> Iterator[str]:
     """Cut a text where tokenizers cut it anyway: before a space between two letters or digits.
 
@@ -55,7 +65,6 @@ class BoundedReader:
 
     def __init__(self, model: LanguageModel, context_tokens: int) -> None:
         self.model, self.kept = model, context_tokens // 2
-        # A window of its own already bounds what a layer keeps.
         self._grows = any(isinstance(layer, PythiaLayer) and layer.window is None for layer in model.modules())
 
     def exact(self, input_ids: Tensor, state: Any) -> ModelOutput:
@@ -84,9 +93,4 @@ class BoundedReader:
     def _forget(self, state: Any) -> Any:
         if not self._grows or state.positions[0] % self.kept:
             return state
-
-        def shorten(name: str, cache: PythiaState) -> PythiaState:
-            layer = layer_of(self.model, name)
-            return cache.last(self.kept) if isinstance(layer, PythiaLayer) and layer.window is None else cache
-
-        return map_parts(state, PythiaState, shorten)
+        return forget(self.model, state, self.kept)

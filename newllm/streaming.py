@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from newllm.layers.memory_state import MemoryLayerState
-from newllm.layers.pythia import PythiaLayer, PythiaState
 from newllm.models.base import LanguageModel, ModelOutput
-from newllm.reading import layer_of
-from newllm.state import map_parts, parts_of
+from newllm.reading import forget
+from newllm.state import parts_of
 
 Batch = dict[str, Tensor]
 
@@ -53,12 +52,7 @@ def read_block(
         update_memory: write memories.
     """
     output = model.exact(input_ids, state, update_memory=update_memory)
-
-    def forget(name: str, cache: PythiaState) -> PythiaState:
-        layer = layer_of(model, name)
-        return cache.last(context_tokens) if isinstance(layer, PythiaLayer) and layer.window is None else cache
-
-    return ModelOutput(None, output.hidden, map_parts(output.state, PythiaState, forget))
+    return ModelOutput(None, output.hidden, forget(model, output.state, context_tokens))
 
 
 def check_is_written(state: Any) -> None:

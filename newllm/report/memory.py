@@ -11,7 +11,7 @@ from newllm.config.command_line import refuse as refuse_all
 from newllm.report.command import keep, measured_runs, parser_of, readable_runs, refuse_unmeasured, show
 from newllm.report.segments import Corpus, Reader, Segments, corpora_of
 from newllm.report.style import COLOURS, FAINT, new_figure, styled, tidy
-from newllm.report.tables import NONE, Table, number, spread
+from newllm.report.tables import NONE, Table, number, spread, with_interval
 
 STYLES = {"exact": "-", "memory_off": "--", "other_memory": ":"}
 WORDS = {"exact": "on", "memory_off": "off", "other_memory": "another text's"}
@@ -62,8 +62,7 @@ def _shown_differences(reader: Reader, segments: Segments, reference: Reader | N
 def _shown(difference: Difference | None) -> str:
     if difference is None:
         return NONE
-    mean, low, high = difference
-    return f"{mean:+.4f}" if low is None else f"{mean:+.4f} ({low:+.4f} .. {high:+.4f})"
+    return with_interval(*difference, sign="+")
 
 
 def draw_segments(corpora: Sequence[Corpus]) -> Figure:

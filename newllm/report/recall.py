@@ -12,7 +12,7 @@ from newllm.report.command import keep, measured_runs, parser_of, readable_runs,
 from newllm.report.probes import EQUAL_BYTES, PAPER, READINGS, Memory, Probe, probes_of
 from newllm.report.statistics import interval, mean_and_deviation
 from newllm.report.style import COLOURS, FAINT, new_figure, styled, tidy
-from newllm.report.tables import NONE, Table, number
+from newllm.report.tables import NONE, Table, number, with_interval
 
 WORDS = {
     "accuracy": "accuracy",
@@ -38,7 +38,7 @@ def recall_table(probe: Probe) -> Table:
     rows = []
     for memory in probe.memories:
         gain = probe.gain(memory)
-        told = NONE if gain is None else _with_interval(gain.mean, gain.low, gain.high, sign="+")
+        told = NONE if gain is None else with_interval(gain.mean, gain.low, gain.high, sign="+")
         rows.append(
             [
                 *(memory.group.letter, memory.name, number(memory.state_bytes), memory.group.label),
@@ -91,12 +91,7 @@ def _shares(values: Sequence[float]) -> str:
     if not values:
         return NONE
     low, high = interval(values) if len(values) > 1 else (None, None)
-    return _with_interval(mean_and_deviation(values)[0], low, high)
-
-
-def _with_interval(mean: float, low: float | None, high: float | None, *, sign: str = "") -> str:
-    told = f"{mean:{sign}.4f}"
-    return told if low is None or high is None else f"{told} ({low:{sign}.4f} .. {high:{sign}.4f})"
+    return with_interval(mean_and_deviation(values)[0], low, high)
 
 
 def draw_state_vs_recall(probes: Sequence[Probe]) -> Figure:

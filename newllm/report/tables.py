@@ -46,6 +46,12 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:#.4g}"
 
 
+def with_interval(mean: float, low: float | None, high: float | None, *, sign: str = "") -> str:
+    """Return a mean and, where there is one, its interval, as `0.4000 (0.3075 .. 0.4925)`; `sign="+"` writes plus signs too."""
+    told = f"{mean:{sign}.4f}"
+    return told if low is None or high is None else f"{told} ({low:{sign}.4f} .. {high:{sign}.4f})"
+
+
 def counted(count: int, noun: str) -> str:
     """Return a number of things in words."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

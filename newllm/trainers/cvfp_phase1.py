@@ -119,9 +119,9 @@ class CvfpPhase1Module(TrainingModule):
     """Sweeps over the whole text, slice by slice: each context once from that of the position before in the last iteration.
 
     The loss of a slice is (1 - w) * movement + w * diversity; the gradient goes through one application of the context block and
-    no further back. Gradients of all slices make one step; contexts are kept as they were computed, before it. Validation sweeps
-    the validation text once from where the last validation left it, without noise. The newest weights are the result, with
-    contexts swept clean under them.
+    no further back. Gradients of all slices, each by its positions, make one step; contexts are kept as they were computed, before
+    it. Validation sweeps the validation text once from where the last validation left it, without noise. The newest weights are the
+    result, with contexts swept clean under them.
 
     Args:
         model: a context model; only its context block is trained.
@@ -221,7 +221,9 @@ class CvfpPhase1Module(TrainingModule):
         self._sums.add(new, movement(new, old), diversity, threshold=self.options.converged_threshold)
         if self._sums.positions == len(self.positions["train"]):
             self._end_iteration()
-        return (1 - self.loss.weight) * fixed_point + self.loss.weight * diversity
+        loss = (1 - self.loss.weight) * fixed_point + self.loss.weight * diversity
+        # The step takes the mean over slices, of which the last may be a short one.
+        return loss * (new.shape[1] * self.accumulate_batches / len(self.positions["train"]))
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from newllm.environment import git_state, package_versions, peak_memory
+from newllm.json_text import finite, to_json
 from newllm.whole_file import remove_leftovers, write_whole
 
 Metrics = dict[str, float]
@@ -28,17 +29,6 @@ HIGHER_IS_BETTER = frozenset(
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: a number that is not finite becomes null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
 
 
 class RunRecord:
@@ -79,7 +69,7 @@ class RunRecord:
             {"started": _now(), "status": "running", "overrides": list(overrides), "host": socket.gethostname(), **code}
         )
         if not (self.folder / "config.yaml").exists():
-            write_whole(self.folder / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False))
+            write_whole(self.folder / "config.yaml", yaml.safe_dump(finite(config), sort_keys=False))
         own = {"seed": seed, "config_hash": config_hash, **code, **facts}
         if "overrides" not in earlier:
             own["overrides"] = list(overrides)
@@ -146,7 +136,7 @@ class RunRecord:
         self.facts = {**self.facts, **end, "wall_seconds": total, **memory, "sessions": sessions}
 
     def _write(self) -> None:
-        write_whole(self.folder / "run.json", json.dumps(_plain(self.facts), indent=2, allow_nan=False) + "\n")
+        write_whole(self.folder / "run.json", to_json(self.facts, indent=2))
 
 
 def _closed(session: dict[str, Any]) -> dict[str, Any]:
@@ -208,15 +198,14 @@ def read_run(folder: str | Path) -> Run:
 def append_metrics(folder: Path, line: Mapping[str, float]) -> None:
     """Add one log step to metrics.jsonl."""
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(_plain(line), allow_nan=False) + "\n")
+        file.write(to_json(line))
 
 
 def keep_metrics(folder: Path, *, up_to_step: int) -> None:
     """Drop the log steps after `up_to_step`, which a resumed run makes again."""
     if (folder / "metrics.jsonl").exists():
         kept = [line for line in read_metrics(folder) if line["step"] <= up_to_step]
-        text = "".join(json.dumps(_plain(line), allow_nan=False) + "\n" for line in kept)
-        write_whole(folder / "metrics.jsonl", text)
+        write_whole(folder / "metrics.jsonl", "".join(map(to_json, kept)))
 
 
 def read_metrics(folder: str | Path) -> list[Metrics]:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -31,7 +32,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -57,7 +58,7 @@ def link_whole(source: Path, path: Path) -> None:
     os.replace(temporary, path)
     # Renaming onto another name of the same file does nothing and leaves the temporary name behind (POSIX).
     temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def remove_leftovers(folder: Path) -> None:

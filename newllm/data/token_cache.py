@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import warnings
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
+
+from newllm.whole_file import sync
 
 FORMAT_VERSION = 4  # raised whenever code writes other bytes for the same key
 META = "meta.json"
@@ -96,7 +97,7 @@ def _open_or_build_locked(
         if folder.exists():
             folder.rename(temporary.with_name(f"{temporary.name}-damaged"))
         temporary.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -137,13 +138,13 @@ def _write_meta(folder: Path, key: dict[str, Any], meta: dict[str, Any]) -> None
     """Write meta.json last, after all it describes has reached the disk."""
     files = {}
     for path in sorted(folder.iterdir()):
-        _sync(path)
+        sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": _file_hash(path)}
     content = {"key": key, "meta": meta, "files": files}
     checksum = hashlib.sha256(_dump(content)).hexdigest()
     (folder / META).write_bytes(_dump({**content, "checksum": checksum}))
-    _sync(folder / META)
-    _sync(folder)
+    sync(folder / META)
+    sync(folder)
 
 
 def _file_hash(path: Path) -> str:
@@ -153,12 +154,3 @@ def _file_hash(path: Path) -> str:
 
 def _dump(content: dict[str, Any]) -> bytes:
     return json.dumps(content, sort_keys=True).encode()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import math
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +20,7 @@ from newllm.config.typed import real_config
 from newllm.evaluation.material import Material
 from newllm.hardware import check_devices
 from newllm.host_memory import keep_freed_memory
+from newllm.json_text import to_json
 from newllm.load import LoadedRun, load_run
 from newllm.models.base import LanguageModel
 from newllm.run_lock import in_turn
@@ -117,7 +117,7 @@ def _keep(path: Path, of: Mapping[str, Any], measured: Mapping[str, Any], made_w
     """Add what was measured to the file of these weights and this split."""
     earlier = _measured_before(path, of)
     kept = {**earlier, **of, **measured, "made_with": {**earlier.get("made_with", {}), **made_with}}
-    write_whole(path, json.dumps(_plain(kept), indent=2, allow_nan=False) + "\n")
+    write_whole(path, to_json(kept, indent=2))
 
 
 def _file_name(of: Mapping[str, Any]) -> str:
@@ -196,14 +196,3 @@ def _leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if isinstance(tree, list) and tree and isinstance(tree[0], Mapping):
         return [leaf for index, value in enumerate(tree) for leaf in _leaves(value, f"{prefix}[{index}]")]
     return [(prefix, tree)]
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: a number that is not finite becomes null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from newllm.json_text import to_json
 from newllm.whole_file import whole_file, write_whole
 
 EVENTS_FILE = "events.jsonl"
@@ -18,7 +18,7 @@ DUMP_FOLDER = "nonfinite"
 def write_event(folder: Path, event: dict[str, Any]) -> None:
     """Add one event; it has at least `step` and `event`. A number that is not finite becomes null."""
     with open(folder / EVENTS_FILE, "a") as file:
-        file.write(json.dumps(_plain(event), allow_nan=False) + "\n")
+        file.write(to_json(event))
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def keep_events(folder: Path, *, up_to_step: int) -> None:
     events = read_events(folder)
     kept = [event for event in events if event["step"] <= up_to_step]
     if (folder / EVENTS_FILE).exists():
-        write_whole(folder / EVENTS_FILE, "".join(json.dumps(event) + "\n" for event in kept))
+        write_whole(folder / EVENTS_FILE, "".join(map(to_json, kept)))
 
 
 def dump(folder: Path, step: int, content: dict[str, Any], *, rank: int = 0) -> str:
@@ -53,11 +53,3 @@ def dump(folder: Path, step: int, content: dict[str, Any], *, rank: int = 0) -> 
     except (OSError, RuntimeError) as error:
         return f"not written: {error}"
     return str(path.relative_to(folder))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from newllm import ranks
+from newllm.arrivals import sent_to
 from newllm.trainers.lagged_cache import DTYPES, LaggedCache, cache_bytes
 
 
@@ -60,9 +61,7 @@ class ShardedCache:
         asked, askers = ranks.exchanged(ids[wanted][rows], counts)
         found, _ = ranks.exchanged(self.own.states[asked // self.world_size], askers)
         states[wanted[rows]] = found
-        if device.type == "cuda":
-            states = states.pin_memory()
-        return states.to(device, non_blocking=True).to(dtype)
+        return sent_to(states, device, dtype)
 
     def scatter(self, sample_ids: Tensor, states_BTD: Tensor) -> None:
         """Keep the samples' states; nothing of their graph stays. A sample whose states are not finite keeps those it had."""

@@ -10,8 +10,8 @@ import torch
 
 from newllm.config.fields import Count, Range
 from newllm.config.schema import DataConfig, TokenizerConfig
-from newllm.data.prepared import Batch, PreparedData
-from newllm.data.recall import NO_TARGET, split_sizes
+from newllm.data.prepared import NO_TARGET, Batch, PreparedData
+from newllm.data.recall import split_sizes
 
 if TYPE_CHECKING:
     from newllm.config.schema import TrainConfig

@@ -19,9 +19,8 @@ import torch
 
 from newllm.data.blocks import Blocks, count_used_tokens
 from newllm.data.loader import EpochBatches
-from newllm.data.prepared import Batch, PreparedData
+from newllm.data.prepared import NO_TARGET, Batch, PreparedData
 
-NO_TARGET = -100  # labels that losses leave out
 NO_BLOCK = -1  # where a lane has ended
 
 

@@ -11,9 +11,8 @@ import numpy as np
 
 from newllm.config.fields import Count, Range
 from newllm.config.schema import DataConfig, TokenizerConfig
-from newllm.data.prepared import PreparedData
+from newllm.data.prepared import NO_TARGET, PreparedData
 from newllm.data.recall import (
-    NO_TARGET,
     Axis,
     ProbeConfig,
     Rows,

@@ -12,8 +12,11 @@ from newllm.data.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from newllm.data.streamed_blocks import TextStream
 
+NO_TARGET = -100
+"""The label where nothing is to be predicted: losses leave it out."""
+
 Batch = dict[str, Tensor]
-"""input_ids [B, T], labels [B, T] (-100: no target), sample_id [B] (all int64), starts_text [B, T] (bool).
+"""input_ids [B, T], labels [B, T] (NO_TARGET: none), sample_id [B] (all int64), starts_text [B, T] (bool).
 
 Where texts are cut from their own beginnings also is_padding [B, T] (bool): what fills a block behind the end of its text.
 """

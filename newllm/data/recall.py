@@ -14,9 +14,8 @@ import torch
 
 from newllm.config.fields import Range
 from newllm.config.schema import DataConfig, GroupConfig
-from newllm.data.prepared import Batch, PreparedData
+from newllm.data.prepared import NO_TARGET, Batch, PreparedData
 
-NO_TARGET = -100  # labels that losses leave out
 NO_SLICE = -1  # where there is no target
 ROWS_AT_ONCE = 1024  # of whose taken ids a table is kept
 

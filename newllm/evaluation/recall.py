@@ -14,12 +14,14 @@ from torch import Tensor
 from newllm.config.fields import Count
 from newllm.config.schema import EvaluationConfig
 from newllm.data.module import build_data
-from newllm.data.recall import NO_TARGET, ProbeConfig, ProbeSamples, fresh_draw, not_trained_on
+from newllm.data.prepared import NO_TARGET
+from newllm.data.recall import ProbeConfig, ProbeSamples, fresh_draw, not_trained_on
 from newllm.evaluation.material import Material
 from newllm.evaluation.scoring import token_losses
+from newllm.evaluation.streaming import with_memory
 from newllm.layers.memory_state import MemoryLayerState
 from newllm.models.base import LanguageModel
-from newllm.state import map_parts, parts_of
+from newllm.state import parts_of
 
 MemoryUse = Literal["on", "off", "other"]
 SPARE_ROWS = 2  # drawn for each row that is measured at another length
@@ -187,8 +189,5 @@ def answering_states(model: LanguageModel, input_ids: Tensor, use: MemoryUse) ->
         return model.exact(input_ids).hidden
     state = model.initial_state(len(input_ids))
     if use == "other":
-        others = parts_of(model.exact(input_ids.roll(1, dims=0)).state, MemoryLayerState)
-        state = map_parts(
-            state, MemoryLayerState, lambda name, part: dataclasses.replace(part, memory=others[name].memory)
-        )
+        state = with_memory(state, model.exact(input_ids.roll(1, dims=0)).state)
     return model.exact(input_ids, state, update_memory=False).hidden

@@ -72,7 +72,7 @@ class StreamReading:
                     continue
                 if before is not None:
                     others = before.select(lanes_beside(num_lanes)[:num_rows])
-                    state, rows_of_other = _with_memory(state, others), _written_rows(others)
+                    state, rows_of_other = with_memory(state, others), _written_rows(others)
             output = read_block(
                 self.model,
                 state,
@@ -118,8 +118,8 @@ class StreamReading:
         self._lanes = merge_rows([(range(state.num_rows), state), (ended, self._lanes.select(ended))])
 
 
-def _with_memory(state: Any, other: Any) -> Any:
-    """The state, what its memories hold replaced by what the other's do."""
+def with_memory(state: Any, other: Any) -> Any:
+    """Return the state, what its memories hold replaced by what the other's do."""
     others = parts_of(other, MemoryLayerState)
 
     def replace(name: str, part: MemoryLayerState) -> MemoryLayerState:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from newllm.data.prepared import NO_TARGET
 from newllm.guards.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NO_TARGET = -100
 SHOWN = 16  # tokens of the decoded example
 
 

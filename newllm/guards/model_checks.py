@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from newllm.guards.data_checks import NO_TARGET, first_labelled
+from newllm.data.prepared import NO_TARGET
+from newllm.guards.data_checks import first_labelled
 from newllm.guards.probe import PROBE_TOKENS, ROWS, Probe, change, change_tokens
 from newllm.guards.verdict import Verdict
 from newllm.models.base import LanguageModel, count_parameters

@@ -8,7 +8,8 @@ from small_texts import shared_keys
 from newllm.data.mqar import MqarConfig
 from newllm.data.overwrite import OverwriteConfig
 from newllm.data.passkey import PasskeyConfig
-from newllm.data.recall import NO_TARGET, Rows
+from newllm.data.prepared import NO_TARGET
+from newllm.data.recall import Rows
 from newllm.data.state_tracking import StateTrackingConfig
 
 HERE = Path()  # probes cache nothing

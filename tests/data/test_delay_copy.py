@@ -5,7 +5,8 @@ import pytest
 import torch
 from small_texts import BYTES, delay_config
 
-from newllm.data.delay_copy import NO_TARGET, draw_rows, prepare
+from newllm.data.delay_copy import draw_rows, prepare
+from newllm.data.prepared import NO_TARGET
 
 
 @pytest.mark.parametrize("delay", [1, 2, 6])

@@ -6,10 +6,10 @@ import pytest
 import torch
 from small_texts import BYTES, delay_config, jsonl_config, write_jsonl
 
-from newllm.data.lanes import NO_TARGET, LaneBatches, TextBlocks, lane_groups, lanes_beside, plan_lanes
+from newllm.data.lanes import LaneBatches, TextBlocks, lane_groups, lanes_beside, plan_lanes
 from newllm.data.loader import PositionLoader
 from newllm.data.module import TextDataModule
-from newllm.data.prepared import count_tokens_read
+from newllm.data.prepared import NO_TARGET, count_tokens_read
 
 EOS = 0
 # texts of 5, 2 and 7 targets, one that is empty, and one cut short before its EOS

@@ -16,8 +16,8 @@ from small_texts import BYTES
 
 from newllm.config.compose import examine
 from newllm.data.mqar import draw_gaps
-from newllm.data.prepared import PreparedData, count_tokens_read
-from newllm.data.recall import NO_SLICE, NO_TARGET, Axis, Rows, distinct, doubling, other_ids, slices_of
+from newllm.data.prepared import NO_TARGET, PreparedData, count_tokens_read
+from newllm.data.recall import NO_SLICE, Axis, Rows, distinct, doubling, other_ids, slices_of
 from newllm.data.state_tracking import product_table
 
 PROBES = [mqar_config, passkey_config, overwrite_config, tracking_config]

@@ -45,7 +45,7 @@ def main() -> None:
     put_on_path()
     measure.DEVICE = device
     if device == "cpu":
-        keep_freed_memory()  # as train.py; the peers, which would not, gain from it too
+        keep_freed_memory()  # as train.py
     refused = False
     for name in names:
         about, started = machine(), time.monotonic()

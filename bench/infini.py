@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import product
 
 from torch import Tensor, nn
 
+from bench.apart import apart
 from bench.measure import DEVICE, Found, paired_ratio, require_quiet, table, take_turns
 from bench.peers import import_peer, missing, problem_with, version_of
 from bench.steps import bare_step, num_parameters, parallel_loss, random_ids
@@ -27,8 +29,8 @@ class Nothing(nn.Module):
         return hidden.new_zeros(())
 
 
-def alternatives(batch_size: int, length: int, what: str) -> dict[str, Callable[[], object]]:
-    """Return a step of both, of equal width, depth, heads and segments, delta rule on."""
+def own_step(batch_size: int, length: int, what: str) -> tuple[nn.Module, Callable[[], object]]:
+    """Return our stack and a step of it."""
     vocab_size = VOCABULARIES[what]
     inputs, labels = random_ids(batch_size, length, vocab_size)
     keys = {"stack": ["infini"] * LAYERS, "segment_length": SEGMENT, "memory_heads": HEADS}
@@ -36,19 +38,43 @@ def alternatives(batch_size: int, length: int, what: str) -> dict[str, Callable[
     if what == "attention":
         for layer in own.layers:
             layer.mlp, layer.mlp_norm = Nothing(), Nothing()
-    found = {f"ours, {num_parameters(own)}": bare_step(own, parallel_loss(own, inputs, labels))}
+    return own, bare_step(own, parallel_loss(own, inputs, labels))
+
+
+def peer_model(what: str) -> nn.Module:
+    """Return the peer's stack of equal width, depth and heads, delta rule on."""
+    model = import_peer("infini_transformer_pytorch").InfiniTransformer(
+        num_tokens=VOCABULARIES[what],
+        dim=DIM,
+        depth=LAYERS,
+        dim_head=DIM // HEADS,
+        heads=HEADS,
+        use_mem_delta_rule=True,
+    )
+    if what == "attention":
+        for parts in model.layers:
+            parts[1] = Nothing()
+    return model.to(DEVICE)
+
+
+def peer_step(batch_size: int, length: int, what: str) -> Callable[[], object]:
+    """Return a step of the peer on as many tokens in equal segments."""
+    model = peer_model(what)
+    wrapper = import_peer("infini_transformer_pytorch").InfiniTransformerWrapper
+    # Gradient through all segments, as ours; T + 1 tokens: it shifts them itself.
+    segments = wrapper(model, segment_length=SEGMENT, detach_mems_every_num_segments=10**6)
+    ids, _ = random_ids(batch_size, length + 1, VOCABULARIES[what])
+    return bare_step(model, lambda: segments(ids))
+
+
+def alternatives(batch_size: int, length: int, what: str, stack: ExitStack) -> dict[str, Callable[[], object]]:
+    """Return a step of both; on a CPU the peer's is made in a process as its users start it, which `stack` ends."""
+    own, step = own_step(batch_size, length, what)
+    found = {f"ours, {num_parameters(own)}": step}
     if problem_with(PEER) is None:
-        peer = import_peer("infini_transformer_pytorch")
-        model = peer.InfiniTransformer(
-            num_tokens=vocab_size, dim=DIM, depth=LAYERS, dim_head=DIM // HEADS, heads=HEADS, use_mem_delta_rule=True
-        ).to(DEVICE)
-        if what == "attention":
-            for parts in model.layers:
-                parts[1] = Nothing()
-        # Gradient through all segments, as ours; T + 1 tokens: it shifts them itself.
-        segments = peer.InfiniTransformerWrapper(model, segment_length=SEGMENT, detach_mems_every_num_segments=10**6)
-        ids, _ = random_ids(batch_size, length + 1, vocab_size)
-        found[f"{PEER}, {num_parameters(model)}"] = bare_step(model, lambda: segments(ids))
+        shape = batch_size, length, what
+        peer = stack.enter_context(apart(peer_step, *shape)) if DEVICE == "cpu" else peer_step(*shape)
+        found[f"{PEER}, {num_parameters(peer_model(what))}"] = peer
     return found
 
 
@@ -56,7 +82,9 @@ def run(quick: bool) -> Found:
     """Measure all shapes."""
     lines, figures = [], {}
     for (batch_size, length), what in product([(1, 128)] if quick else SHAPES, VOCABULARIES):
-        rows = take_turns(alternatives(batch_size, length, what), rounds=2 if quick else 7, min_seconds=1)
+        with ExitStack() as stack:
+            calls = alternatives(batch_size, length, what, stack)
+            rows = take_turns(calls, rounds=2 if quick else 7, min_seconds=1)
         if not quick:
             require_quiet(rows, f"infini, {what}, B {batch_size}, T {length}")
         for row in rows:
@@ -69,6 +97,11 @@ def run(quick: bool) -> Found:
     told += "their feed-forward parts."
     if problem_with(PEER) is None:
         told += f" {PEER} {version_of(PEER)}; its feed-forward part is gated, with a third less inner width."
+        if DEVICE == "cpu":
+            told += (
+                " It has a process of its own, as its users start it; ours is set, as train.py sets its own, to keep the memory that a "
+                "step frees for the next one."
+            )
     return Found(
         f"{table(['', 'B', 'T', '', 'tokens/s', 'time / ours', 'spread'], lines)}\n\n{told}{missing([PEER])}", figures
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.apart import apart
 from bench.measure import DEVICE, Found, paired_ratio, require_quiet, table, take_turns
 from bench.paused import Paused
 from bench.peers import import_peer, missing, problem_with, version_of
@@ -101,9 +103,27 @@ class OneBlock(torch.utils.data.Dataset):
         return {"input_ids": self.ids, "labels": self.ids}
 
 
-def huggingface_trainer(shape: Shape, ids: Tensor, folder: str) -> Callable[[], object]:
+def huggingface_loop(shape: Shape) -> Callable[[], object]:
+    """Return a call that makes steps of transformers' model in a bare loop."""
+    ids, _ = random_ids(shape.batch_size, shape.length, shape.vocab_size)
+    model = huggingface(shape)
+    # It shifts labels itself: one target less in a row than ours.
+    return repeated(bare_step(model, mixed(lambda: model(input_ids=ids, labels=ids).loss)), shape.steps)
+
+
+def compiled_huggingface_loop(shape: Shape) -> Callable[[], object]:
+    """Return the same call with the model compiled."""
+    ids, _ = random_ids(shape.batch_size, shape.length, shape.vocab_size)
+    model = huggingface(shape)
+    run: Any = torch.compile(model)
+    return repeated(bare_step(model, mixed(lambda: run(input_ids=ids, labels=ids).loss)), shape.steps)
+
+
+def huggingface_trainer(shape: Shape, folder: str) -> Callable[[], object]:
     """Return a call that makes steps with transformers' Trainer; what it prepares falls into the first call."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    ids, _ = random_ids(1, shape.length, shape.vocab_size)
 
     def train(pause: Callable[[], None]) -> None:
         class Turns(TrainerCallback):
@@ -132,9 +152,10 @@ def huggingface_trainer(shape: Shape, ids: Tensor, folder: str) -> Callable[[], 
     return Paused(train)
 
 
-def litgpt(shape: Shape, inputs: Tensor, labels: Tensor) -> Callable[[], object]:
-    """Return a step of litgpt's Pythia with the loss of its own pretraining loop."""
+def litgpt(shape: Shape) -> Callable[[], object]:
+    """Return a call that makes steps of litgpt's Pythia with the loss of its own pretraining loop."""
     model_module, utils = import_peer("litgpt.model"), import_peer("litgpt.utils")
+    inputs, labels = random_ids(shape.batch_size, shape.length, shape.vocab_size)
     size = compose_model("pythia", size=shape.size, keys={}).size
     config = import_peer("litgpt.config").Config.from_name(
         "pythia-70m",
@@ -148,7 +169,7 @@ def litgpt(shape: Shape, inputs: Tensor, labels: Tensor) -> Callable[[], object]
     model = model_module.GPT(config).to(DEVICE).train()
     model.max_seq_length = shape.length
     run: Any = torch.compile(model) if IS_FAST else model
-    return bare_step(model, mixed(lambda: utils.chunked_cross_entropy(run(inputs), labels)))
+    return repeated(bare_step(model, mixed(lambda: utils.chunked_cross_entropy(run(inputs), labels))), shape.steps)
 
 
 def products_alone(model: nn.Module, shape: Shape) -> Callable[[], object]:
@@ -189,8 +210,27 @@ def by_mkl(step: Callable[[], object]) -> Callable[[], object]:
     return call
 
 
-def alternatives(shape: Shape, folder: str) -> dict[str, Callable[[], object]]:
-    """Return everything that can be measured here at a shape."""
+def peers(shape: Shape, folder: str, stack: ExitStack) -> dict[str, Callable[[], object]]:
+    """Return the other trainers that can be measured here, on a CPU each in a process as its users start it."""
+
+    def put(build: Callable[..., Callable[[], object]], *arguments: Any) -> Callable[[], object]:
+        return build(*arguments) if IS_FAST else stack.enter_context(apart(build, *arguments))
+
+    found = {}
+    if problem_with("transformers") is None:
+        found["HF loop"] = put(huggingface_loop, shape)
+        if IS_FAST:
+            found["HF loop, compiled"] = put(compiled_huggingface_loop, shape)
+        else:
+            found["HF loop, in our process"] = huggingface_loop(shape)
+        found["HF Trainer"] = put(huggingface_trainer, shape, folder)
+    if problem_with("litgpt") is None:
+        found["litgpt"] = put(litgpt, shape)
+    return found
+
+
+def alternatives(shape: Shape, folder: str, stack: ExitStack) -> dict[str, Callable[[], object]]:
+    """Return everything that can be measured here at a shape; `stack` ends the processes that were started for it."""
     inputs, labels = random_ids(shape.batch_size, shape.length, shape.vocab_size)
     own = create_model("pythia", size=shape.size, vocab_size=shape.vocab_size, seed=0).to(DEVICE).train()
     if IS_FAST:
@@ -205,18 +245,7 @@ def alternatives(shape: Shape, folder: str) -> dict[str, Callable[[], object]]:
         found["ours, bf16-mixed"] = repeated(
             bare_step(half, mixed(parallel_loss(half, inputs, labels), is_bf16=True)), shape.steps
         )
-    if problem_with("transformers") is None:
-        theirs = huggingface(shape)
-        # It shifts labels itself: one target less in a row than ours.
-        loop = bare_step(theirs, mixed(lambda: theirs(input_ids=inputs, labels=inputs).loss))
-        found["HF loop"] = repeated(loop, shape.steps)
-        if IS_FAST:
-            run: Any = torch.compile(theirs)
-            compiled = bare_step(theirs, mixed(lambda: run(input_ids=inputs, labels=inputs).loss))
-            found["HF loop, compiled"] = repeated(compiled, shape.steps)
-        found["HF Trainer"] = huggingface_trainer(shape, inputs, folder)
-    if problem_with("litgpt") is None:
-        found["litgpt"] = repeated(litgpt(shape, inputs, labels), shape.steps)
+    found |= peers(shape, folder, stack)
     if not IS_FAST:  # compiled, a device overlaps them with everything else
         found["products alone"] = repeated(products_alone(own, shape), shape.steps)
     return found
@@ -236,8 +265,8 @@ def run(quick: bool) -> Found:
     """Measure all sizes."""
     lines, figures = [], {}
     for shape in QUICK if quick else CUDA_SHAPES if IS_FAST else SHAPES:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = take_turns(alternatives(shape, folder), rounds=shape.rounds)
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            rows = take_turns(alternatives(shape, folder, stack), rounds=shape.rounds)
         if not quick:
             require_quiet(rows, f"training, {shape.size}")
         tokens = shape.batch_size * shape.length * shape.steps
@@ -263,12 +292,11 @@ def run(quick: bool) -> Found:
     how = "bf16, compiled" if IS_FAST else "fp32 where nothing is said, eager"
     told = f"{how}, fused AdamW, gradient norm clipped, median of the rounds. {versions}."
     if not IS_FAST and is_onednn_faster():
-        told += (
-            " MKL has no AVX-512 products for this processor: ours leaves large ones to oneDNN, the others take torch's, which are MKL's. "
-            "The memory that a step frees is kept for the next one, for all of them in this process."
-        )
+        told += " MKL has no AVX-512 products for this processor: ours leaves large ones to oneDNN, the others take torch's, that is MKL's."
     if not IS_FAST:
         told += (
+            " Each of the others has a process of its own, as its users start it; ours is set, as train.py sets its own, to keep the "
+            "memory that a step frees for the next one, from which the HF loop in our process gains too."
             " products alone: the matrix products of the linear maps and of attention, forward and backward, by the library that is "
             "faster here, and nothing else: what is left when everything around them is free."
         )

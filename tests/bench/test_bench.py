@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from matplotlib.figure import Figure
 
 from bench import __main__ as command
 from bench import measure, page, peers
+from bench.apart import apart
 from bench.measure import Found, NotWrittenError, Row, describe_load, paired_ratio, require_quiet, take_turns
 
 
@@ -170,3 +173,15 @@ def test_load_is_told_in_words() -> None:
 
     assert told.startswith("other programs took ")
     assert f" of {measure.machine()['cores']} cores, load " in told
+
+
+@pytest.mark.slow  # two processes import torch
+def test_a_process_apart_makes_calls_and_says_what_went_wrong(tmp_path: Path) -> None:
+    with apart(partial, (tmp_path / "made").mkdir) as call:
+        call()
+        assert (tmp_path / "made").is_dir()
+        with pytest.raises(RuntimeError, match="partial in a process of its own: FileExistsError: "):
+            call()
+
+    with apart(partial, os._exit, 3) as call, pytest.raises(RuntimeError, match="of its own: it ended"):
+        call()

@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 LONG := $(or $(CI),$(SLOW))
 MARKS := $(if $(LONG),not gpu and not timing,not slow and not gpu and not timing)
 export HF_HUB_OFFLINE ?= 1
+# One more than cores: tests often wait for a process that they have started.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')
 
 .PHONY: help setup demo test lint bench bench-setup clean
 
@@ -28,7 +30,7 @@ demo: setup ## train the main job on the embedded corpus (two minutes), then eva
 	$(BIN)/python train.py experiment=first_run
 
 test: setup $(if $(LONG),$(VENV)/.extras) ## run the tests (SLOW=1 adds the long ones)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q -m "$(MARKS)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m "$(MARKS)"
 
 lint: setup ## check format, lint, spelling and types
 	$(BIN)/ruff format --check .

@@ -1,6 +1,7 @@
 """What a result was made with: commit, packages, memory. Imports no torch."""
 
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -41,8 +42,16 @@ def package_versions() -> dict[str, str]:
 
 def peak_memory() -> dict[str, int | None]:
     """Return the most memory this process held, in bytes; `device` is None where no GPU was used."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     torch = sys.modules.get("torch")  # asked only where the run itself has imported it
     on_gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
-    return {"host": host, "device": torch.cuda.max_memory_allocated() if torch is not None and on_gpu else None}
+    return {"host": _peak_of_host(), "device": torch.cuda.max_memory_allocated() if torch is not None and on_gpu else None}
+
+
+def _peak_of_host() -> int:
+    """Bytes of RAM."""
+    status = Path("/proc/self/status")
+    # Linux counts into ru_maxrss what the program that started this one held.
+    own = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE) if status.is_file() else None
+    if own is not None:
+        return int(own[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

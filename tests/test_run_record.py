@@ -1,5 +1,6 @@
 import json
 import math
+import mmap
 import os
 import subprocess
 import sys
@@ -62,6 +63,16 @@ def test_finish_completes_the_record_and_marks_done(tmp_path: Path) -> None:
     assert facts["wall_seconds"] == 10.0
     assert facts["peak_host_bytes"] > 1 << 20
     assert {name: facts[name] for name in END} == END
+
+
+def test_the_peak_of_memory_is_the_own_one_whoever_started_the_process() -> None:
+    started_by = bytearray(1 << 28)
+    started_by[:: mmap.PAGESIZE] = b"1" * (len(started_by) // mmap.PAGESIZE)  # held, not only asked for
+    code = "from newllm.environment import peak_memory; print(peak_memory()['host'])"
+
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert 1 << 20 < int(told.stdout) < len(started_by)
 
 
 def test_stopped_run_leaves_no_marker(tmp_path: Path) -> None:

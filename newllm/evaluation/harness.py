@@ -14,6 +14,7 @@ import torch
 from newllm.config.extras import not_installed
 from newllm.config.fields import Count, Range
 from newllm.config.schema import EvaluationConfig
+from newllm.data.tokenizer import Tokenizer
 from newllm.evaluation.material import Material
 from newllm.evaluation.scoring import token_losses
 from newllm.generation import GREEDY, SamplingOptions, generate
@@ -150,6 +151,9 @@ def _answering() -> type:
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             return self._tokenizer.encode(string)
 
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            return encode_pair(self._tokenizer, context, continuation)
+
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
             return self._scores([(context, continuation) for _, context, continuation in requests])
 
@@ -206,6 +210,19 @@ def _answering() -> type:
             return min((text.split(end)[0] for end in ends if end), key=len, default=text)
 
     return Answering
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Return the ids of a context and those of what follows it; EOS where the context has none.
+
+    Spaces at the context's end go to the continuation: tokenizers cut before them. Where a token of the two together reaches over
+    the cut, each is encoded by itself: the whole's ids after as many as the context has would be another text, or none.
+    """
+    words = context.rstrip()
+    continuation = context[len(words) :] + continuation
+    ids, whole = tokenizer.encode(words), tokenizer.encode(words + continuation)
+    follows = whole[len(ids) :] if whole[: len(ids)] == ids else tokenizer.encode(continuation)
+    return ids or [tokenizer.eos_id], follows
 
 
 def _until(ids: list[int], end: int) -> list[int]:

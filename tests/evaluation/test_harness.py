@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 from newllm.config.compose import examine
 from newllm.config.extras import not_installed
-from newllm.evaluation.harness import sampling_options, score_continuations
+from newllm.data.tokenizer import END_OF_TEXT, Tokenizer
+from newllm.evaluation.harness import encode_pair, sampling_options, score_continuations
 from newllm.generation import GREEDY
 from newllm.load import load_run
 from newllm.models.base import LanguageModel
@@ -20,6 +22,7 @@ from newllm.models.create import create_model
 ROOT = Path(__file__).parents[2]
 NO_HARNESS = not_installed("evaluation=[harness]", "lm_eval", "harness", "the other options")
 SIZES = {"dim": 16, "num_layers": 2, "num_heads": 2, "mlp_dim": 24}
+LETTERS = "abde \n"
 PAIRS = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9, 10, 11, 12]), ([2] * 9, [3])]
 
 
@@ -71,6 +74,29 @@ def test_a_long_text_reaches_the_memory_and_not_the_attention() -> None:
     # A plain stack passes what it saw on from layer to layer, but not over five blocks of two layers.
     assert plain[0][0] == pytest.approx(plain[1][0], abs=1e-12)
     assert abs(remembering[0][0] - remembering[1][0]) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation", "ids", "follows"),
+    [
+        ("be", " a", ["b", "e"], [" ", "a"]),
+        ("be ", "a", ["b", "e"], [" ", "a"]),
+        ("bead", "b", ["b", "e", "a", "d"], ["b"]),
+        ("bea", "d", ["b", "e", "a"], ["d"]),
+        ("a", "b", ["a"], ["b"]),  # of "ab", one token, nothing would be left to score
+        ("bea", "bad", ["b", "e", "a"], ["b", "a", "d"]),  # of "beabad" it would be "ad"
+        (" \n", "ab", [END_OF_TEXT], [" ", "\n", "ab"]),
+    ],
+)
+def test_what_is_scored_is_the_continuation(
+    context: str, continuation: str, ids: list[str], follows: list[str]
+) -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate([*LETTERS, "ab"])}, [("a", "b")]))
+    backend.add_special_tokens([END_OF_TEXT])
+
+    found = encode_pair(Tokenizer(backend), context, continuation)
+
+    assert [[backend.id_to_token(token) for token in part] for part in found] == [ids, follows]
 
 
 def test_answers_are_drawn_greedily_unless_a_task_says_otherwise() -> None:

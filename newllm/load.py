@@ -163,3 +163,9 @@ def load_run(folder: str | Path, checkpoint: CheckpointName = "best") -> LoadedR
     step = contents["global_step"]
     metrics = next((line for line in reversed(read_metrics(folder)) if line["step"] == step and "val/loss" in line), {})
     return LoadedRun(record.folder, config, model.eval(), metrics, record.facts, step, checkpoint)
+
+
+def newest_step(run: LoadedRun) -> int:
+    """Return the optimizer steps behind the weights that the run's checkpoint holds now: training may have gone on."""
+    path = checkpoint_path(run.folder, run.checkpoint)
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"]

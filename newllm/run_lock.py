@@ -1,4 +1,4 @@
-"""One process writes a run folder at a time, and one at a time what is measured of it."""
+"""One process writes a run folder at a time, and measurements of it are added one after another."""
 
 import fcntl
 import os
@@ -15,29 +15,23 @@ def only_writer(folder: Path) -> Iterator[None]:
         ValueError: another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _opened(folder) as descriptor:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{folder}: another process is writing this run. Allowed: one at a time. Wait for it, stop it, or choose another name."
-            ) from None
-        yield
-
-
-@contextmanager
-def in_turn(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in such a block for the folder, and keep others waiting until this one ends."""
-    with _opened(folder) as descriptor:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    """A descriptor of the folder; closing it, or dying, gives up what was locked with it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield descriptor
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(
+            f"{folder}: another process is writing this run. Allowed: one at a time. Wait for it, stop it, or choose another name."
+        ) from None
+    try:
+        yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def in_turn(file: Path) -> Iterator[None]:
+    """Hold a file that exists, once those that hold it have let go; it is free again as `only_writer` says."""
+    with open(file, "rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield

@@ -21,7 +21,7 @@ from newllm.evaluation.material import Material
 from newllm.hardware import check_devices
 from newllm.host_memory import keep_freed_memory
 from newllm.json_text import to_json
-from newllm.load import LoadedRun, load_run
+from newllm.load import LoadedRun, load_run, newest_step
 from newllm.models.base import LanguageModel
 from newllm.run_lock import in_turn
 from newllm.whole_file import write_whole
@@ -85,7 +85,7 @@ def run_suite(
 
     Args:
         run: the run, loaded from its folder.
-        evaluations: options of each measurement, by name; none of them leave the file as it is.
+        evaluations: options of each measurement, by name; none of them only put aside what is of weights of another step.
         split: text to measure on.
         batch_size: blocks; None takes the run's own, with which its logged numbers come out again to the last digit.
         device: where the model runs.
@@ -93,12 +93,15 @@ def run_suite(
         `step`, `checkpoint`, `split` and `precision` that were measured, every measurement by name, `made_with`: the options of each,
         and `reproduced`: the run's logged numbers beside those of perplexity.
     """
+    precision = run.config.runtime.precision
+    of = {"step": run.step, "checkpoint": run.checkpoint, "split": split, "precision": precision}
+    path = run.folder / _file_name(of)
     if not evaluations:
+        with in_turn(run.folder / "config.yaml"):
+            _measured_before(path, of)
         return {}
     run.model.to("cuda" if device == "gpu" else device)
-    precision = run.config.runtime.precision
     material = Material.of(run, split=split, batch_size=batch_size)
-    of = {"step": run.step, "checkpoint": run.checkpoint, "split": split, "precision": precision}
     measured: dict[str, Any] = {}
     with computing_in(precision, run.model):
         for name, chosen in evaluations.items():
@@ -108,16 +111,15 @@ def run_suite(
         measured["reproduced"] = _reproduced(run, measured["perplexity"])
     given = {"batch_size": batch_size or run.config.data.eval_batch_size, "device": device}
     made_with = {name: {**dataclasses.asdict(chosen), **given} for name, chosen in evaluations.items()}
-    with in_turn(run.folder / "checkpoints"):  # the run's own lock is held where it is measured at its end
-        _keep(run.folder / _file_name(of), of, measured, made_with)
+    # Read only now, and by no two at once: what another process measured meanwhile stays.
+    with in_turn(run.folder / "config.yaml"):
+        if newest_step(run) != run.step:
+            path = _aside(path, run.step)
+            print(f"{path}: holds what was measured: {run.checkpoint}.ckpt is of another step by now", file=sys.stderr)
+        earlier = _measured_before(path, of)
+        kept = {**earlier, **of, **measured, "made_with": {**earlier.get("made_with", {}), **made_with}}
+        write_whole(path, to_json(kept, indent=2))
     return {**of, **measured, "made_with": made_with}
-
-
-def _keep(path: Path, of: Mapping[str, Any], measured: Mapping[str, Any], made_with: Mapping[str, Any]) -> None:
-    """Add what was measured to the file of these weights and this split."""
-    earlier = _measured_before(path, of)
-    kept = {**earlier, **of, **measured, "made_with": {**earlier.get("made_with", {}), **made_with}}
-    write_whole(path, to_json(kept, indent=2))
 
 
 def _file_name(of: Mapping[str, Any]) -> str:
@@ -136,10 +138,14 @@ def _measured_before(path: Path, of: Mapping[str, Any]) -> dict[str, Any]:
     found = found if isinstance(found, dict) else {}
     if {name: found.get(name) for name in of} == of and "made_with" in found:
         return found
-    aside = path.with_stem(f"{path.stem}_of_step_{found.get('step', 'unknown')}")
+    aside = _aside(path, found.get("step", "unknown"))
     path.replace(aside)
     print(f"{aside}: holds what was measured before, of other weights than these of step {of['step']}", file=sys.stderr)
     return {}
+
+
+def _aside(path: Path, step: Any) -> Path:
+    return path.with_stem(f"{path.stem}_of_step_{step}")
 
 
 def computing_in(precision: str, model: LanguageModel) -> AbstractContextManager:

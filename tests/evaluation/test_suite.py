@@ -1,12 +1,13 @@
 """A finished run measured from its folder alone."""
 
 import argparse
+import dataclasses
 import inspect
 import json
 import shutil
 import textwrap
-import time
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from newllm.config.compose import compose
 from newllm.evaluation import suite
-from newllm.evaluation.suite import run_evaluation
+from newllm.evaluation.suite import run_evaluation, run_suite
 from newllm.load import load_run
 from newllm.run import run_training
 
@@ -106,27 +107,6 @@ def test_measuring_again_keeps_what_was_measured_before_of_the_same_weights(trai
     assert found["made_with"]["generation"]["new_tokens"] == 4
 
 
-def test_of_two_evaluations_at_once_neither_is_lost(trained, tmp_path, monkeypatch):
-    folder = shutil.copytree(trained, tmp_path / "run")
-    (folder / "evaluation.json").unlink(missing_ok=True)
-    run, evaluations = (
-        load_run(folder),
-        compose(["run=.", "evaluation=[perplexity,positions]"], root="evaluate").evaluation,
-    )
-    read = suite._measured_before
-
-    def read_slowly(*args):
-        found = read(*args)
-        time.sleep(0.2)
-        return found
-
-    monkeypatch.setattr(suite, "_measured_before", read_slowly)
-    with ThreadPoolExecutor() as threads:
-        list(threads.map(lambda name: suite.run_suite(run, {name: evaluations[name]}), evaluations))
-
-    assert json.loads((folder / "evaluation.json").read_text()).keys() >= {"perplexity", "positions"}
-
-
 def test_measurements_of_an_earlier_step_are_kept_apart(trained, tmp_path, capsys):
     folder = shutil.copytree(trained, tmp_path / "run")
     file, aside = folder / "evaluation.json", folder / "evaluation_of_step_1.json"
@@ -139,6 +119,58 @@ def test_measurements_of_an_earlier_step_are_kept_apart(trained, tmp_path, capsy
     assert aside.read_text() == earlier
     assert "perplexity" not in json.loads(file.read_text())
     assert f"{aside}: holds what was measured before, of other weights" in capsys.readouterr().err
+
+
+def test_what_was_measured_while_training_went_on_is_kept_apart(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    file = folder / "evaluation.json"
+    evaluate(folder, "evaluation=[perplexity]")
+    newer = file.read_text()
+    early = dataclasses.replace(load_run(folder), step=1)
+    options = compose([f"run={folder}", "evaluation=[positions]"], root="evaluate").evaluation
+
+    run_suite(early, options)
+
+    assert file.read_text() == newer
+    aside = json.loads((folder / "evaluation_of_step_1.json").read_text())
+    assert aside["step"] == 1
+    assert "positions" in aside
+    assert "evaluation_of_step_1.json: holds what was measured: best.ckpt is of another" in capsys.readouterr().err
+
+
+def test_a_run_that_measures_nothing_puts_aside_what_was_measured_before_its_end(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    file = folder / "evaluation.json"
+    evaluate(folder, "evaluation=[perplexity]")
+    earlier = json.dumps({**json.loads(file.read_text()), "step": 1})
+    file.write_text(earlier)
+
+    run_suite(load_run(folder), {})
+
+    assert not file.exists()
+    assert (folder / "evaluation_of_step_1.json").read_text() == earlier
+
+
+def test_two_evaluations_that_end_together_both_stay(trained, tmp_path, monkeypatch):
+    folder = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation*"))
+    read, both_have_read = suite._measured_before, threading.Barrier(2)
+
+    def read_and_wait(*given):
+        earlier = read(*given)
+        with suppress(threading.BrokenBarrierError):
+            both_have_read.wait(0.5)
+        return earlier
+
+    monkeypatch.setattr(suite, "_measured_before", read_and_wait)
+    names = ["perplexity", "positions"]
+    chosen = compose([f"run={folder}", f"evaluation=[{','.join(names)}]"], root="evaluate").evaluation
+    threads = [threading.Thread(target=run_suite, args=(load_run(folder), {name: chosen[name]})) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert {*names} <= json.loads((folder / "evaluation.json").read_text()).keys()
 
 
 def test_measuring_nothing_is_refused(trained, tmp_path, capsys):

@@ -65,10 +65,17 @@ def _check(run: Run, target: Path) -> None:
 
 
 def _tokenizer(file: Path, eos_id: int, block_length: int) -> Any:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+    # As the run reads text: nothing is put around it, and the name of a special token is text.
+    backend = Tokenizer.from_file(str(file))
+    backend.post_processor = None
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(file), model_max_length=block_length, model_input_names=["input_ids", "attention_mask"]
+        tokenizer_object=backend,
+        split_special_tokens=True,
+        model_max_length=block_length,
+        model_input_names=["input_ids", "attention_mask"],
     )
     end = tokenizer.convert_ids_to_tokens(eos_id)
     tokenizer.add_special_tokens({"eos_token": end, "bos_token": end})

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from newllm.config.compose import compose
+from newllm.data.tokenizer import END_OF_TEXT
 from newllm.export import main, reading_back
 from newllm.load import load_run
 from newllm.models.create import build_model, load_published
@@ -42,6 +45,11 @@ def test_an_exported_run_is_the_same_function_there_and_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = trained(tmp_path, "layers.rotary_share=0.5")
+    file = folder / "tokenizer.json"
+    backend = Tokenizer.from_file(str(file))
+    # As some published tokenizers do unless told not to; runs never let them.
+    backend.post_processor = TemplateProcessing(single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)])
+    backend.save(str(file))
     run, target = load_run(folder), tmp_path / "my exports"
 
     capsys.readouterr()
@@ -49,7 +57,7 @@ def test_an_exported_run_is_the_same_function_there_and_back(
     said = capsys.readouterr()
 
     assert said.err == ""
-    text = "In the beginning was the word."
+    text = "In the beginning was <|endoftext|> the word."
     model, tokenizer = AutoModelForCausalLM.from_pretrained(target), AutoTokenizer.from_pretrained(target)
     encoded = tokenizer(text, return_tensors="pt")
     assert encoded["input_ids"][0].tolist() == run.tokenizer.encode(text)

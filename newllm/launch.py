@@ -88,15 +88,30 @@ def _check_number(devices: int, started: int, starter: str, option: str) -> None
         )
 
 
+def _check_sharing(config: TrainConfig, processes: int) -> None:
+    """Check what the configuration cannot say by itself: it counts the devices of one machine."""
+    if processes > 1 and not config.trainer.shares_batches:
+        raise ValueError(
+            f"trainer={config.trainer.kind}: runs in one process, {processes} were started. Allowed: one. "
+            "Start train.py on one machine, with runtime.devices=1."
+        )
+    if processes > config.data.batch_size:
+        raise ValueError(
+            f"data.batch_size={config.data.batch_size}: cannot be shared out among the {processes} processes of all machines. "
+            f"Allowed: {processes} or more. Raise data.batch_size, or start fewer."
+        )
+
+
 @contextmanager
 def joined(config: TrainConfig, folder: Path, overrides: Sequence[str]) -> Iterator[Path]:
     """Join the processes of the run for the block, and yield the folder of rank 0: the run's only one.
 
     Raises:
-        ValueError: another number of processes was started than the configuration says, or they cannot meet.
+        ValueError: another number of processes was started than the configuration says or the run can use, or they cannot meet.
         SystemExit: 2 where the ranks were given different configurations; rank 0 tells the difference.
     """
     place = place_of(config.runtime, os.environ)
+    _check_sharing(config, place.world_size)
     if place.world_size == 1:
         yield folder
         return

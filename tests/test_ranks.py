@@ -252,6 +252,25 @@ def test_another_number_of_processes_is_refused(environment: dict[str, str]):
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
+        (["data.batch_size=3"], "data.batch_size=3: cannot be shared out among the 4 processes of all machines"),
+        (["trainer=cvfp_phase1", "model=context", "runtime.devices=1"], "trainer=cvfp_phase1: runs in one process, 4 were"),
+    ],
+)
+def test_processes_of_several_machines_that_the_run_cannot_use_are_refused(
+    overrides: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = compose(["runtime=ddp_cpu", *overrides])
+    started = TORCHRUN | {"LOCAL_WORLD_SIZE": str(config.runtime.devices)}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(ValueError, match=named), joined(config, tmp_path, []):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
         (["runtime.strategy=fsdp"], "runtime.strategy=fsdp: shards over GPUs"),
         (["runtime.precision=16-mixed"], "runtime.precision=16-mixed: is for GPUs"),
         (["runtime=fsdp", "runtime.compile=true"], "runtime.compile=true: sharded layers are not compiled"),

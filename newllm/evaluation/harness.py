@@ -256,7 +256,7 @@ def score_continuations(
         padding: any token id: what stands after a text's end is read by nothing that counts.
     """
     device = next(model.parameters()).device
-    longest = max(len(context) + len(continuation) for context, continuation in pairs) - 1
+    longest = max(1, *(len(context) + len(continuation) - 1 for context, continuation in pairs))
     inputs = torch.full((len(pairs), longest), padding, device=device)
     labels = torch.full_like(inputs, NO_TARGET)
     for row, (context, continuation) in enumerate(pairs):

@@ -52,6 +52,10 @@ def test_scores_of_a_batch_are_those_of_each_text_alone(name: str, keys: dict[st
         assert is_greedy == greedy
 
 
+def test_a_text_without_tokens_is_certain() -> None:
+    assert score_continuations(model("pythia"), [([1], [])], block_length=16, padding=0) == [(0.0, True)]
+
+
 def test_the_likeliest_continuation_is_found_greedy() -> None:
     tested = model("pythia")
     with torch.no_grad():

@@ -2,12 +2,11 @@
 
 import argparse
 import dataclasses
+import fcntl
 import inspect
 import json
 import shutil
 import textwrap
-import threading
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -151,26 +150,26 @@ def test_a_run_that_measures_nothing_puts_aside_what_was_measured_before_its_end
     assert (folder / "evaluation_of_step_1.json").read_text() == earlier
 
 
-def test_two_evaluations_that_end_together_both_stay(trained, tmp_path, monkeypatch):
-    folder = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation*"))
-    read, both_have_read = suite._measured_before, threading.Barrier(2)
+def test_no_other_evaluation_writes_between_reading_and_writing(trained, tmp_path, monkeypatch):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    held = []
 
-    def read_and_wait(*given):
-        earlier = read(*given)
-        with suppress(threading.BrokenBarrierError):
-            both_have_read.wait(0.5)
-        return earlier
+    def is_held():
+        with open(folder / "config.yaml", "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
-    monkeypatch.setattr(suite, "_measured_before", read_and_wait)
-    names = ["perplexity", "positions"]
-    chosen = compose([f"run={folder}", f"evaluation=[{','.join(names)}]"], root="evaluate").evaluation
-    threads = [threading.Thread(target=run_suite, args=(load_run(folder), {name: chosen[name]})) for name in names]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    for name in ("_measured_before", "write_whole"):
+        own = getattr(suite, name)
+        monkeypatch.setattr(suite, name, lambda *given, own=own: (held.append(is_held()), own(*given))[1])
 
-    assert {*names} <= json.loads((folder / "evaluation.json").read_text()).keys()
+    evaluate(folder, "evaluation=[positions]")
+
+    assert held == [True, True]
+    assert not is_held()
 
 
 def test_measuring_nothing_is_refused(trained, tmp_path, capsys):

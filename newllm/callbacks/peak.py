@@ -19,6 +19,7 @@ PEAK_FLOPS = {
     "RTX 4090": (165.2e12, 82.6e12),
     "RTX 3090": (71e12, 35.6e12),
 }
+SLOWER_OR_FASTER = frozenset(("D", "Laptop", "MIG", "NVL", "Ti"))  # words that tell another device, or a part of one
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
@@ -26,9 +27,12 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
     Args:
         device_name: as torch.cuda.get_device_name tells it; "cpu" is not known.
-        precision: Lightning's precision flag, for instance "bf16-mixed" or "32-true".
+        precision: Lightning's precision flag, for instance "bf16-mixed" or "32-true"; no peak of "64-true" is known.
     """
+    words = device_name.replace("-", " ").split()
+    if "64" in precision or SLOWER_OR_FASTER.intersection(words):
+        return None
     for name, (half, single) in PEAK_FLOPS.items():
-        if name in device_name.replace("-", " "):
+        if f" {name} " in f" {' '.join(words)} ":  # whole words: an RTX A4000 is no A40
             return half if "16" in precision else single
     return None

@@ -230,6 +230,12 @@ def test_tensorboard_has_a_layout_and_the_hyperparameters_with_final_metrics(tmp
         ("Tesla T4", "16-mixed", 65e12),
         ("NVIDIA L40S", "bf16-mixed", 362e12),
         ("cpu", "32-true", None),
+        ("NVIDIA H200", "64-true", None),
+        ("NVIDIA L40", "bf16-mixed", None),  # neither L4 nor L40S
+        ("NVIDIA RTX A4000", "bf16-mixed", None),  # no A40
+        ("NVIDIA RTX A1000", "bf16-mixed", None),  # no A100
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16-mixed", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16-mixed", None),
     ],
 )
 def test_peak_is_known_by_device_and_precision(device: str, precision: str, peak: float | None) -> None:

@@ -23,6 +23,7 @@ HIGHER_IS_BETTER = frozenset(
         *("val/accuracy", "speed/tokens_per_second", "speed/mfu"),
         *("context/effective_rank", "context/effective_rank_validation"),
         *("context/converged_share", "context/converged_share_validation"),
+        *("lag/gradient_cosine", "trm/gradient_cosine", "trm/halting_accuracy"),
     )
 )
 
@@ -250,7 +251,7 @@ def _log_step(found: Any) -> Metrics:
 def last_and_best(lines: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
     """Return the last and the best value of every metric; NaN counts only where there is nothing else.
 
-    Best is the highest for accuracies, ranks, shares of converged items and speeds, the lowest for all others.
+    Best is the highest for accuracies, ranks, shares of converged items, cosines and speeds, the lowest for all others.
     """
     last: Metrics = {}
     best: Metrics = {}

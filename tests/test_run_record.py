@@ -214,8 +214,14 @@ def test_last_and_best_follow_the_direction_of_each_metric() -> None:
     assert best == {"val/loss": 2.0, "val/accuracy": 0.5}
 
 
-@pytest.mark.parametrize("name", ["context/converged_share_validation", "context/effective_rank_validation"])
-def test_the_best_of_contexts_of_either_text_is_the_highest(name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("context/converged_share_validation", "context/effective_rank_validation"),
+        *("lag/gradient_cosine", "trm/gradient_cosine", "trm/halting_accuracy"),
+    ],
+)
+def test_the_best_of_what_is_good_when_high_is_the_highest(name: str) -> None:
     lines = [{"step": step, "tokens": step, name: value} for step, value in enumerate([0.1, 0.9, 0.4])]
 
     assert last_and_best(lines) == ({name: 0.4}, {name: 0.9})

@@ -32,6 +32,6 @@ def only_writer(folder: Path) -> Iterator[None]:
 @contextmanager
 def in_turn(file: Path) -> Iterator[None]:
     """Hold a file that exists, once those that hold it have let go; it is free again as `only_writer` says."""
-    with open(file, "rb") as held:
+    with open(file, "r+b") as held:  # NFS gives the lock to those that may write
         fcntl.flock(held, fcntl.LOCK_EX)
         yield

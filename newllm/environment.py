@@ -44,7 +44,10 @@ def peak_memory() -> dict[str, int | None]:
     """Return the most memory this process held, in bytes; `device` is None where no GPU was used."""
     torch = sys.modules.get("torch")  # asked only where the run itself has imported it
     on_gpu = torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
-    return {"host": _peak_of_host(), "device": torch.cuda.max_memory_allocated() if torch is not None and on_gpu else None}
+    return {
+        "host": _peak_of_host(),
+        "device": torch.cuda.max_memory_allocated() if torch is not None and on_gpu else None,
+    }
 
 
 def _peak_of_host() -> int:

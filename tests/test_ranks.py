@@ -253,7 +253,10 @@ def test_another_number_of_processes_is_refused(environment: dict[str, str]):
     ("overrides", "named"),
     [
         (["data.batch_size=3"], "data.batch_size=3: cannot be shared out among the 4 processes of all machines"),
-        (["trainer=cvfp_phase1", "model=context", "runtime.devices=1"], "trainer=cvfp_phase1: runs in one process, 4 were"),
+        (
+            ["trainer=cvfp_phase1", "model=context", "runtime.devices=1"],
+            "trainer=cvfp_phase1: runs in one process, 4 were",
+        ),
     ],
 )
 def test_processes_of_several_machines_that_the_run_cannot_use_are_refused(

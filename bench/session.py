@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections import Counter
 from typing import Any
@@ -11,6 +10,7 @@ from bench.measure import Found
 from newllm.config.schema import TokenizerConfig
 from newllm.data.bible import read_books
 from newllm.data.tokenizer_kinds import ready_tokenizer
+from newllm.environment import peak_memory
 from newllm.models.create import create_model
 from newllm.session import MemorySession
 from newllm.state import tensors_of
@@ -42,11 +42,6 @@ def text_of(num_tokens: int) -> str:
     return text.encode("ascii", errors="replace")[:num_tokens].decode("ascii")
 
 
-def peak_bytes() -> int:
-    """Return the most memory this process has ever held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
-
-
 def difference(first: MemorySession, second: MemorySession) -> float:
     """Return the largest difference of two states, over the largest entry of its tensor."""
     own, other = tensors_of(first.state), tensors_of(second.state)
@@ -59,9 +54,9 @@ def measure(name: str, text: str, short: int) -> dict[str, float]:
     """Return peaks in bytes after `short` tokens and all of the text, tokens per second, and how far other chunks lead apart."""
     reader = session(name, CHUNKS[0])
     reader.read(text[:short])
-    before, started = peak_bytes(), time.monotonic()
+    before, started = peak_memory()["host"], time.monotonic()
     reader.read(text[short:])
-    seconds, after = time.monotonic() - started, peak_bytes()
+    seconds, after = time.monotonic() - started, peak_memory()["host"]
     assert reader.tokens_read == len(text), "every byte is a token"
     other = session(name, CHUNKS[1])
     other.read(text)

@@ -7,7 +7,6 @@ Every size is read to its end in a process of its own, for peaks are of a proces
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from newllm.config.schema import TokenizerConfig
 from newllm.data.bible import read_books
 from newllm.data.jsonl import JsonlConfig, prepare
 from newllm.data.streamed_blocks import StreamedBlocks, TextStream
+from newllm.environment import peak_memory
 
 Way = Literal["tokenised", "read"]
 SIZES: dict[Way, tuple[int, ...]] = {"tokenised": (10, 300), "read": (10, 10_000)}  # MB; minutes each
@@ -86,9 +86,7 @@ def measure_here(path: Path, way: Way) -> dict[str, Any]:
     started = time.perf_counter()
     found = read_to_the_end(data.stream, way)
     seconds = time.perf_counter() - started
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"corpus_bytes": path.stat().st_size, "peak_bytes": peak, "seconds": seconds, **found}
+    return {"corpus_bytes": path.stat().st_size, "peak_bytes": peak_memory()["host"], "seconds": seconds, **found}
 
 
 def measure(megabytes: int, way: Way) -> dict[str, Any]:

@@ -5,7 +5,6 @@ N: positions. W: values kept of a position.
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from newllm.arrivals import Arrivals, sent_to
-from newllm.trainers.lagged_cache import map_file
+from newllm.trainers.lagged_cache import free_for, map_file
 
 SHARE_OF_FREE = 0.9
 
@@ -87,8 +86,7 @@ def check_room(num_positions: int, width: int, path: Path | None) -> None:
     if path is None:
         free, place, other = psutil.virtual_memory().available, "of free memory", "trainer.cache=disk or "
     else:
-        existing = next(parent for parent in [path, *path.parents] if parent.exists())
-        free, place, other = shutil.disk_usage(existing).free, f"free on the disk of {path.parent}", ""
+        free, place, other = free_for(path), f"free on the disk of {path.parent}", ""
     if needed > SHARE_OF_FREE * free:
         raise ValueError(
             f"trainer.cache: contexts of {num_positions:,} positions x {width} values x 4 bytes need {needed / 2**30:.2f} GiB, there "

@@ -34,6 +34,7 @@ class LaggedCache:
         dim: D.
         dtype: how states are stored.
         path: file to keep them in; None keeps them in RAM.
+        sharers: processes that each keep so many states in the same RAM or on the same disk.
     Raises:
         ValueError: the states do not fit, or the file is of another configuration.
     """
@@ -46,11 +47,12 @@ class LaggedCache:
         *,
         dtype: Literal["bf16", "fp16", "fp32"],
         path: Path | None = None,
+        sharers: int = 1,
     ) -> None:
         self.shape, self.dtype, self.path = (num_samples, length, dim), DTYPES[dtype], path
         self.visits = torch.zeros(num_samples, dtype=torch.int64)
         self._arrivals = Arrivals()
-        check_fits(self.nbytes, path)
+        check_fits(self.nbytes, path, sharers=sharers)
         if path is None:
             self.states = torch.zeros(self.shape, dtype=self.dtype)
         else:
@@ -115,26 +117,38 @@ def cache_bytes(num_samples: int, length: int, dim: int, dtype: torch.dtype) -> 
     return num_samples * length * dim * dtype.itemsize
 
 
-def check_fits(nbytes: int, path: Path | None) -> None:
+def check_fits(nbytes: int, path: Path | None, *, sharers: int = 1) -> None:
     """Raise unless the cache fits where it is to be kept.
 
+    Args:
+        nbytes: of this process.
+        path: file to keep it in; None for RAM.
+        sharers: processes that each keep so many bytes there.
     Raises:
         ValueError: it does not; the message gives both figures.
     """
     if path is None:
         free, place, other = psutil.virtual_memory().available, "of free memory", "trainer.cache=disk"
     else:
-        existing = next(parent for parent in [path, *path.parents] if parent.exists())
-        free, place, other = (
-            shutil.disk_usage(existing).free,
-            f"free on the disk of {path.parent}",
-            "trainer.cache=none",
-        )
-    if nbytes > 0.9 * free:
+        free, place, other = free_for(path, sharers=sharers), f"free on the disk of {path.parent}", "trainer.cache=none"
+    needed = nbytes * sharers
+    if needed > 0.9 * free:
         raise ValueError(
-            f"trainer.cache: needs {nbytes / 2**30:.2f} GiB (samples x tokens x hidden size), there are {free / 2**30:.2f} GiB {place}. "
+            f"trainer.cache: needs {needed / 2**30:.2f} GiB (samples x tokens x hidden size), there are {free / 2**30:.2f} GiB {place}. "
             f"Allowed: at most 90 % of it. Choose {other}, a smaller data.max_train_blocks or trainer.cache_dtype=bf16."
         )
+
+
+def free_for(path: Path, *, sharers: int = 1) -> int:
+    """Return the bytes free for files on a disk: a run that goes on finds them there, and writes over what they take.
+
+    Args:
+        path: of one of the files, which need not be there.
+        sharers: how many there are, equally large.
+    """
+    existing = next(parent for parent in [path, *path.parents] if parent.exists())
+    taken = path.stat().st_blocks * 512 if path.exists() else 0  # not its size: pages never written take nothing
+    return shutil.disk_usage(existing).free + taken * sharers
 
 
 def _description(path: Path) -> object:

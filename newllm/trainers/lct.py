@@ -17,7 +17,7 @@ from newllm.models.base import LanguageModel
 from newllm.recurrence import solve
 from newllm.trainers.base import Batch, TrainingModule
 from newllm.trainers.lag import gradient_cosine, lag_statistics, sweep_map
-from newllm.trainers.lagged_cache import LaggedCache
+from newllm.trainers.lagged_cache import DTYPES, LaggedCache, cache_bytes
 from newllm.trainers.sharded_cache import ShardedCache
 
 log = logging.getLogger(__name__)
@@ -80,13 +80,17 @@ class LctModule(TrainingModule):
         self._auto_batch: Batch | None = None
         self.cache: LaggedCache | ShardedCache | None = None
         if self.options.cache != "none":
+            sizes = num_samples, config.data.block_length, model.dim
+            if ranks.rank() == 0:
+                nbytes = cache_bytes(*sizes, DTYPES[self.options.cache_dtype])
+                log.info("the lagged cache takes %s bytes (trainer.cache=%s)", f"{nbytes:,}", self.options.cache)
             kind = LaggedCache if ranks.world_size() == 1 else ShardedCache
             self.cache = kind(
-                num_samples,
-                config.data.block_length,
-                model.dim,
+                *sizes,
                 dtype=self.options.cache_dtype,
                 path=folder / "lagged_cache.bin" if self.options.cache == "disk" else None,
+                # All machines write to one folder, each has its own RAM.
+                sharers=ranks.world_size() if self.options.cache == "disk" else config.runtime.devices,
             )
 
     @classmethod

@@ -29,6 +29,9 @@ class ShardedCache:
         dim: D.
         dtype: how states are stored.
         path: file of this rank's samples; None keeps them in RAM.
+        sharers: ranks that keep their samples in the same RAM or on the same disk.
+    Raises:
+        ValueError: the states do not fit, or the file is of another configuration.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class ShardedCache:
         *,
         dtype: Literal["bf16", "fp16", "fp32"],
         path: Path | None = None,
+        sharers: int,
     ) -> None:
         self.rank, self.world_size = ranks.rank(), ranks.world_size()
         self.nbytes = cache_bytes(num_samples, length, dim, DTYPES[dtype])  # of all ranks together
@@ -46,7 +50,7 @@ class ShardedCache:
         own = len(range(self.rank, num_samples, self.world_size))
         if path is not None:
             path = path.with_stem(f"{path.stem}_{self.rank}_of_{self.world_size}")
-        self.own = LaggedCache(own, length, dim, dtype=dtype, path=path)
+        self.own = LaggedCache(own, length, dim, dtype=dtype, path=path, sharers=sharers)
 
     def is_visited(self, sample_ids: Tensor) -> Tensor:
         """Return True for samples whose states are known, [B]."""

@@ -1,4 +1,6 @@
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +94,32 @@ def test_a_file_of_another_configuration_is_refused(tmp_path):
 def test_a_cache_that_does_not_fit_is_refused_with_its_size(on_disk: bool, tmp_path):
     with pytest.raises(ValueError, match=r"needs 1048576\.00 GiB .* there are .* GiB"):
         check_fits(2**50, tmp_path / "not" / "there.bin" if on_disk else None)
+
+
+def test_a_resumed_run_has_room_where_its_own_file_lies(tmp_path, monkeypatch):
+    path, ids = tmp_path / "cache.bin", torch.arange(64)
+    first = LaggedCache(64, 32, 32, dtype="fp32", path=path)
+    first.scatter(ids, torch.ones(64, 32, 32))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # file systems give pages a place when they are written, not before
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=first.nbytes // 4))
+
+    again = LaggedCache(64, 32, 32, dtype="fp32", path=path)
+
+    assert torch.equal(again.states, first.states)
+    with pytest.raises(ValueError, match="trainer.cache: needs"):
+        LaggedCache(64, 32, 32, dtype="fp32", path=tmp_path / "other.bin")
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_processes_of_one_machine_share_what_is_free(on_disk: bool, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**31))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**31))
+    path = tmp_path / "cache.bin" if on_disk else None
+
+    check_fits(2**30, path)
+    with pytest.raises(ValueError, match=r"needs 2\.00 GiB .* there are 2\.00 GiB"):
+        check_fits(2**30, path, sharers=2)
 
 
 def test_a_checkpoint_without_states_forgets_the_visits():

@@ -97,6 +97,14 @@ def test_the_projection_gets_a_gradient_from_the_first_visit_on(tmp_path: Path):
     assert lct.model.feedback.projection.weight.grad.abs().sum() > 0
 
 
+def test_the_size_of_the_cache_is_told_before_the_run(tmp_path: Path, caplog):
+    with caplog.at_level("INFO"):
+        lct = module(tmp_path)
+
+    assert lct.cache is not None
+    assert f"the lagged cache takes {lct.cache.nbytes:,} bytes (trainer.cache=ram)" in caplog.messages
+
+
 def test_validation_does_not_read_the_training_cache(tmp_path: Path):
     lct, visited = module(tmp_path), batch(1, 2)
     lct.validation_step(visited, 0)

@@ -125,12 +125,14 @@ class LanguageModel(nn.Module, ABC):
             previous_hidden: for feedback models, h_{t-1} for every position [B, T, D].
             update_memory: write memories; False reads them only.
         Raises:
-            ValueError: token ids out of range, another batch size than the state's, or `previous_hidden` given to a model without feedback.
+            ValueError: no token, ids that are no tokens of the model, another batch size than the state's, or `previous_hidden` given
+                to a model without feedback.
         """
+        state = self._checked_state(input_ids, state)
+        self._check_ids(input_ids)
         if previous_hidden is None:
             output = self.exact(input_ids, state, update_memory=update_memory)
         else:
-            state = self._checked_state(input_ids, state)
             self._check_previous(input_ids, previous_hidden)
             output = self.encode(input_ids, state, previous_hidden=previous_hidden, update_memory=update_memory)
         return ModelOutput(self.logits(output.hidden), output.hidden, output.state)
@@ -164,6 +166,15 @@ class LanguageModel(nn.Module, ABC):
                 f"Start with model.initial_state(batch_size={input_ids.shape[0]})."
             )
         return state
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        # A GPU would tell an id out of range to no one, and be of no use to the program after it.
+        lowest, highest = input_ids.min().item(), input_ids.max().item()
+        if input_ids.is_floating_point() or not 0 <= lowest <= highest < self.vocab_size:
+            raise ValueError(
+                f"input_ids: are {input_ids.dtype} of {lowest} to {highest}. Allowed: integers of 0 to {self.vocab_size - 1}. "
+                "Encode the text with the model's own tokenizer."
+            )
 
     def _check_previous(self, input_ids: Tensor, previous_hidden: Tensor) -> None:
         if not self.has_feedback:

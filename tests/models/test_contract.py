@@ -180,6 +180,9 @@ def test_calls_that_cannot_be_meant_are_refused(model: LanguageModel):
         model(tokens(2, 3)[0])
     with pytest.raises(ValueError, match=r"state: holds 3 texts, input_ids 2"):
         model(tokens(2, 3), model.initial_state(3))
+    for wrong in (tokens(2, 3) - VOCABULARY, tokens(2, 3) + VOCABULARY, tokens(2, 3).float()):
+        with pytest.raises(ValueError, match=r"input_ids: are torch\.\w+ of .* Allowed: integers of 0 to 30\."):
+            model(wrong)
     if not model.has_feedback:
         with pytest.raises(ValueError, match="previous_hidden: was given to a model without feedback"):
             model(tokens(2, 3), previous_hidden=torch.zeros(2, 3, 4))

@@ -107,7 +107,7 @@ def test_a_resumed_run_has_room_where_its_own_file_lies(tmp_path, monkeypatch):
     again = LaggedCache(64, 32, 32, dtype="fp32", path=path)
 
     assert torch.equal(again.states, first.states)
-    with pytest.raises(ValueError, match="trainer.cache: needs"):
+    with pytest.raises(ValueError, match=r"trainer\.cache: needs"):
         LaggedCache(64, 32, 32, dtype="fp32", path=tmp_path / "other.bin")
 
 

@@ -175,6 +175,9 @@ class LctModule(TrainingModule):
             cosine = self._cosine(probe, lagged, self.sweeps, reference=AUTO_REFERENCE_SWEEPS)
             cosine = sum(ranks.said_by_all(cosine)) / ranks.world_size()  # all ranks make the same sweeps
             if cosine >= AUTO_COSINE:
+                log.info(
+                    "sweeps=auto: cosine to %d sweeps is %.3f, K stays %d", AUTO_REFERENCE_SWEEPS, cosine, self.sweeps
+                )
                 return
             self.sweeps += 1
             log.info(

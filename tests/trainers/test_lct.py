@@ -148,15 +148,19 @@ def test_more_sweeps_give_a_gradient_nearer_to_the_full_one(tmp_path: Path):
     assert all(parameter.grad is None for parameter in lct.model.parameters())
 
 
-def test_auto_raises_the_sweeps_only_as_far_as_the_gradient_asks(tmp_path: Path):
+def test_auto_raises_the_sweeps_only_as_far_as_the_gradient_asks_and_says_so(tmp_path: Path, caplog):
     weak, strong = module(tmp_path, "trainer.sweeps=auto", filled=False), module(tmp_path, "trainer.sweeps=auto")
     nn.init.normal_(strong.model.feedback.projection.weight, std=1.0)
 
-    for lct in (weak, strong):
-        lct._raise_sweeps(batch(1, 2, 3))
+    with caplog.at_level("INFO"):
+        for lct in (weak, strong):
+            lct._raise_sweeps(batch(1, 2, 3))
 
     assert weak.sweeps == 1
     assert 1 < strong.sweeps <= 8
+    said = [message for message in caplog.messages if message.startswith("sweeps=auto")]
+    assert said[0].endswith("K stays 1")
+    assert said[-1].endswith((f"K stays {strong.sweeps}", f"K is now {strong.sweeps}"))
 
 
 def test_the_probe_reports_under_the_documented_names(tmp_path: Path):

@@ -46,12 +46,12 @@ def measure(material: Material, options: LagConfig) -> dict[str, Any]:
         material: model with feedback, and text.
         options: batches, most sweeps, tolerance.
     Returns:
-        `relative_error` after 1, 2, 4 ... sweeps from zeros (|lagged - exact| / |exact|), `sweeps_to_tolerance` and `contraction`
-        (largest and mean over batches), and the losses, nats per token: `loss_exact`, `loss_lagged` (one sweep from zeros) and
-        `loss_no_feedback` on the same batches.
+        `relative_error` after 1, 2, 4 ... sweeps from zeros (|lagged - exact| / |exact|), `sweeps_to_tolerance` (the most of any
+        batch; None where one had not settled after `max_sweeps`), `contraction` (mean over batches), and the losses, nats per
+        token: `loss_exact`, `loss_lagged` (one sweep from zeros) and `loss_no_feedback` on the same batches.
     """
     errors: dict[int, list[float]] = {}
-    sweeps, contractions = [], []
+    sweeps, contractions, have_settled = [], [], []
     scores: dict[str, Score] = {}
     for batch in islice(material.batches(), options.batches):
         input_ids = batch["input_ids"]
@@ -66,13 +66,15 @@ def measure(material: Material, options: LagConfig) -> dict[str, Any]:
             limit = min(options.max_sweeps, input_ids.shape[1])
             solution = solve(step, torch.zeros_like(exact), sweeps=limit, tolerance=options.tolerance, statistics=True)
         sweeps.append(solution.sweeps)
+        # As many sweeps as positions are exact, whatever the last one changed.
+        have_settled.append(solution.residuals[-1] <= options.tolerance or solution.sweeps == input_ids.shape[1])
         contractions += [] if solution.contraction is None else [solution.contraction]
         for mode in ("exact", "lagged", "no_feedback"):
             score = score_batch(material.model, batch, material.data.token_bytes, mode=mode)
             scores[mode] = scores[mode] + score if mode in scores else score
     return {
         "relative_error": {str(count): sum(values) / len(values) for count, values in errors.items()},
-        "sweeps_to_tolerance": max(sweeps),
+        "sweeps_to_tolerance": max(sweeps) if all(have_settled) else None,
         "contraction": sum(contractions) / len(contractions) if contractions else None,
         **{f"loss_{mode}": score.metrics()["loss"] for mode, score in scores.items()},
     }

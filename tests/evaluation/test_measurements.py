@@ -171,5 +171,13 @@ def test_lag_is_that_of_sweeps_from_zeros():
     assert {"loss_lagged", "loss_no_feedback", "contraction"} <= found.keys()
 
 
+@pytest.mark.parametrize(("max_sweeps", "expected"), [(2, None), (BLOCK, BLOCK)])
+def test_sweeps_that_have_not_settled_are_not_told_as_their_number(max_sweeps: int, expected: int | None):
+    where = material(text=batches(sizes=(2,)))
+    found = lag.measure(where, lag.LagConfig(kind="lag", batches=1, max_sweeps=max_sweeps, tolerance=1e-30))
+
+    assert found["sweeps_to_tolerance"] == expected
+
+
 def scored_one(where):
     return score_batch(where.model, next(where.batches()), where.data.token_bytes)

@@ -202,16 +202,18 @@ class MemoryLayer(Layer):
             hidden: input [B, T, D].
             state: the state before it.
         Returns:
-            Means over the tokens: `gate_mean`, the memory's weight beside local attention where it holds something, 0 to 1;
-            `read_norm`, the length of what the memory answers; and what the kind of layer decides per position, by its name.
+            Means over the tokens: `gate_mean`, the memory's weight beside local attention where it holds something, 0 to 1, and 0
+            where it holds nothing at all; `read_norm`, the length of what the memory answers; and what the kind of layer decides per
+            position, by its name.
         """
         normed, rows = self.attention_norm(hidden), []
         for row in range(hidden.shape[0]):
             parts, _ = self._attend(normed[row : row + 1], state.select([row]), update_memory=True)
             facts = [self._facts(part) for part in parts]
-            found = {name: torch.cat([fact[name].float().flatten() for fact in facts]) for name in facts[0]}
-            rows.append({**found, "gate_mean": _where_it_speaks(found["gate_mean"])})
-        return {name: float(torch.stack([row[name].mean() for row in rows]).mean()) for name in rows[0]}
+            rows.append({name: torch.cat([fact[name].float().flatten() for fact in facts]) for name in facts[0]})
+        values = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        values["gate_mean"] = _where_it_speaks(values["gate_mean"])
+        return {name: float(found.mean()) for name, found in values.items()}
 
     def close_segment(self, state: MemoryLayerState) -> MemoryLayerState:
         """Return the state with the open segment written although it is short: where a text ends."""

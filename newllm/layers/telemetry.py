@@ -31,7 +31,10 @@ def memory_telemetry(model: nn.Module, input_ids: Tensor, state: Any = None) -> 
 
     def measure(layer: nn.Module, inputs: tuple[Any, ...], *, name: str) -> None:
         assert isinstance(layer, MemoryLayer)
-        calls[name].append((inputs[0].shape[1], layer.telemetry(*inputs[:2])))
+        told = layer.telemetry(*inputs[:2])
+        if told["gate_mean"] == 0:
+            del told["gate_mean"]  # a call without a word of the memory is not one in which it weighs nothing
+        calls[name].append((inputs[0].shape[1], told))
 
     hooks = [layer.register_forward_pre_hook(partial(measure, name=name)) for name, layer in layers.items()]
     was_training = model.training
@@ -42,7 +45,7 @@ def memory_telemetry(model: nn.Module, input_ids: Tensor, state: Any = None) -> 
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    means = {name.rsplit(".", 1)[-1]: _mean(measured) for name, measured in calls.items()}
+    means = {name.rsplit(".", 1)[-1]: {"gate_mean": 0.0, **_mean(measured)} for name, measured in calls.items()}
     found = {f"memory/{name}": value for name, value in _mean([(1, mean) for mean in means.values()]).items()}
     if len(means) > 1:
         found |= {

@@ -163,6 +163,17 @@ def test_model_telemetry_tells_of_each_layer_and_their_mean():
     assert not any(layer._forward_pre_hooks for layer in layers)
 
 
+@pytest.mark.parametrize("name", ["infini", "infini-joint", "infini-memory-only"])
+def test_weight_of_the_memory_leaves_out_positions_before_it_in_calls_of_one_token_too(name):
+    layers, input_ids = [build(name), build(name)], torch.arange(10).view(1, 10)
+    at_once, one_by_one = TransformerLM(11, 8, layers), TransformerLM(11, 8, layers, feedback="additive")
+    one_by_one.load_state_dict(at_once.state_dict(), strict=False)
+
+    expected, measured = memory_telemetry(at_once, input_ids), memory_telemetry(one_by_one, input_ids)
+
+    assert measured == pytest.approx(expected, rel=1e-5)  # P is zero: the same function
+
+
 def test_model_telemetry_measures_what_is_deployed_and_leaves_the_model_training():
     model = TransformerLM(11, 8, [build("hierarchical", expand_threshold=1.0)]).train()
 

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Annotated, Any
 
 import numpy as np
+from torch import Tensor
 
 from newllm.config.fields import Range, Share
 from newllm.config.schema import EvaluationConfig
@@ -47,13 +48,14 @@ class Answers:
 
     Attributes:
         is_exact: every token of the right entity is the likeliest.
-        rank: of the right entity among all of its kind, 1 is best.
+        reciprocal_rank: one over the place of the right entity among all of its kind, the likeliest first; the mean over the
+            places that it shares with others found equally likely.
         margin: log p of the right entity less that of a random other one of its kind, nats.
         candidates: entities of its kind.
     """
 
     is_exact: list[bool]
-    rank: list[int]
+    reciprocal_rank: list[float]
     margin: list[float]
     candidates: list[int]
 
@@ -61,11 +63,9 @@ class Answers:
         """Return their means, what guessing would reach, and a paired test of right against random entities."""
         return {
             "exact_match": fmean(self.is_exact),
-            "mean_reciprocal_rank": fmean(1 / rank for rank in self.rank),
+            "mean_reciprocal_rank": fmean(self.reciprocal_rank),
             "chance_exact_match": fmean(1 / count for count in self.candidates),
-            "chance_mean_reciprocal_rank": fmean(
-                fmean(1 / rank for rank in range(1, count + 1)) for count in self.candidates
-            ),
+            "chance_mean_reciprocal_rank": fmean(mean_reciprocal(1, count) for count in self.candidates),
             "margin_nats": fmean(self.margin),
             "p_value": paired_p_value(self.margin),
         }
@@ -98,6 +98,22 @@ def measure(material: Material, options: ReversalConfig) -> dict[str, Any]:
         if group:
             found[name] = _measure_group(material, material.tokenizer, group, options)
     return found
+
+
+def mean_reciprocal(first: int, last: int) -> float:
+    """Return the mean of 1 / place over the places from the first to the last, both included."""
+    return fmean(1 / place for place in range(first, last + 1))
+
+
+def reciprocal_ranks(scores_CC: Tensor) -> list[float]:
+    """Return `Answers.reciprocal_rank` of the answers on the diagonal, each among those of its row.
+
+    Placed first among equals, a model that tells no answer from another would seem to know nearly all.
+    """
+    right = scores_CC.diagonal()[:, None]
+    first = (scores_CC > right).sum(dim=1) + 1
+    last = (~(scores_CC < right)).sum(dim=1)  # NaN is equal to all
+    return [mean_reciprocal(*places) for places in zip(first.tolist(), last.tolist(), strict=True)]
 
 
 def paired_p_value(differences: Sequence[float]) -> float:
@@ -158,7 +174,7 @@ def _answers(
         count = len(entities)
         others = (np.arange(count) + generator.integers(1, count, size=count)) % count  # any but the right one
         found.is_exact.extend(is_likeliest.diagonal().tolist())
-        found.rank.extend(((scores > right[:, None]).sum(dim=1) + 1).tolist())
+        found.reciprocal_rank.extend(reciprocal_ranks(scores))
         found.margin.extend((right - scores[range(count), others]).tolist())
         found.candidates.extend([count] * count)
     return found

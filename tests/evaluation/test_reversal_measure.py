@@ -13,7 +13,7 @@ from newllm.config.problems import ConfigError
 from newllm.data.facts import draw_facts
 from newllm.data.reversal import facts_of
 from newllm.evaluation.answers import answer_scores, sentence_losses
-from newllm.evaluation.reversal import Answers, ReversalConfig, measure, paired_p_value
+from newllm.evaluation.reversal import Answers, ReversalConfig, measure, paired_p_value, reciprocal_ranks
 from newllm.load import load_run
 from newllm.run import run_training
 
@@ -50,7 +50,7 @@ def test_sentences_are_read_alone_and_without_their_first_token() -> None:
 
 
 def test_figures_by_hand() -> None:
-    found = Answers([True, False], [1, 4], [2.0, 1.0], [4, 4]).figures()
+    found = Answers([True, False], [1, 1 / 4], [2.0, 1.0], [4, 4]).figures()
 
     assert found["exact_match"] == 0.5
     assert found["mean_reciprocal_rank"] == (1 + 1 / 4) / 2
@@ -59,6 +59,14 @@ def test_figures_by_hand() -> None:
     # t = 1.5 / (0.7071 / sqrt 2) = 3 with one degree of freedom: p = 1 - 2 atan(3) / pi.
     assert found["p_value"] == pytest.approx(1 - 2 * math.atan(3) / math.pi)
     assert paired_p_value([0.0, 0.0]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [([2.0, 3.0, 1.0], 1 / 2), ([2.0, 2.0, 3.0], (1 / 2 + 1 / 3) / 2), ([math.nan] * 3, (1 + 1 / 2 + 1 / 3) / 3)],
+)
+def test_equally_likely_answers_share_their_places(row: list[float], expected: float) -> None:
+    assert reciprocal_ranks(torch.tensor([row] * 3))[0] == pytest.approx(expected)
 
 
 def knowing(direction: str, facts: list) -> SimpleNamespace:
@@ -118,7 +126,10 @@ def test_the_other_direction_is_told_only_of_who_knows_the_first(monkeypatch, kn
         # It knows each fact in the words asked for, and in no others.
         assert one_way["forward_reworded"]["exact_match"] == 0
         assert one_way["forward"]["margin_nats"] > 10
-        assert one_way["backward"]["exact_match"] == 0
+        backward = one_way["backward"]
+        assert backward["exact_match"] == 0
+        # Backward it finds all names of one length equally likely, and so must not seem to know some.
+        assert backward["mean_reciprocal_rank"] == pytest.approx(backward["chance_mean_reciprocal_rank"])
         assert one_way["gap"] == one_way["backward_perplexity"] - one_way["forward_perplexity"] > 1
     else:
         assert "forward exact match 0.000 is not above 0.95" in one_way["backward"]

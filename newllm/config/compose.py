@@ -215,9 +215,10 @@ def _unused_parameters(config: TrainConfig, given: Mapping[str, str]) -> list[st
 def _depth_given_twice(config: TrainConfig, given: Mapping[str, str]) -> list[str]:
     """Return a sentence where the user asked for another number of layers than the model gets."""
     depth = len(config.layers.stack)
+    last = {key: text for text, key in given.items()}  # of a key given twice the last counts
     asked = {
         text: key
-        for text, key in given.items()
+        for key, text in last.items()
         if key in ("model.num_layers", "size.num_layers") and text.partition("=")[2] != str(depth)
     }
     if not asked:

@@ -46,6 +46,10 @@ def test_stack_is_filled_to_the_depth_or_decides_it(stack: str, expanded: list[s
     assert config.model.num_layers == len(expanded)
 
 
+def test_of_a_depth_given_twice_the_last_counts() -> None:
+    assert compose(["model=infini", "model.num_layers=2", "model.num_layers=3"]).model.num_layers == 3
+
+
 def test_layers_of_one_kind_share_their_parameters_with_others_of_the_same_name() -> None:
     config = compose(MEMORY)
 

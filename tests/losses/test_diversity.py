@@ -113,11 +113,14 @@ def test_a_step_down_the_gradient_spreads_contexts_that_are_almost_the_same(name
 
 
 @pytest.mark.parametrize("name", sorted(DIVERSITY))
-def test_contexts_that_are_all_the_same_give_a_finite_gradient(name):
-    contexts = torch.ones(6, 4, requires_grad=True)
+@pytest.mark.parametrize("num_contexts", [1, 6])
+def test_contexts_that_are_all_the_same_give_a_finite_value_and_gradient(name, num_contexts):
+    contexts = torch.ones(num_contexts, 4, requires_grad=True)
 
-    DIVERSITY[name](contexts).backward()
+    value = DIVERSITY[name](contexts)
+    value.backward()
 
+    assert value.isfinite()
     assert contexts.grad.isfinite().all()
 
 

@@ -26,7 +26,7 @@ from newllm.recurrence import sweep
 from newllm.trainers.base import Batch, TrainingModule
 from newllm.trainers.context_cache import ContextCache
 from newllm.trainers.context_report import IterationSums, clean_report, rank_share
-from newllm.trainers.context_stream import context_map, on_stream, only_trains, unroll_stream
+from newllm.trainers.context_stream import context_map, on_stream, only_trains, slices, unroll_stream
 from newllm.trainers.slice_memory import check_slice
 
 log = logging.getLogger(__name__)
@@ -119,9 +119,9 @@ class CvfpPhase1Module(TrainingModule):
     """Sweeps over the whole text, slice by slice: each context once from that of the position before in the last iteration.
 
     The loss of a slice is (1 - w) * movement + w * diversity; the gradient goes through one application of the context block and
-    no further back. Gradients of all slices, each by its positions, make one step; contexts are kept as they were computed, before
-    it. Validation sweeps the validation text once from where the last validation left it, without noise. The newest weights are the
-    result, with contexts swept clean under them.
+    no further back. Gradients of all slices make one step, each by its share of the positions; contexts are kept as they were
+    computed, before it. Validation sweeps the validation text once from where the last validation left it, without noise. The
+    newest weights are the result, with contexts swept clean under them.
 
     Args:
         model: a context model; only its context block is trained.
@@ -165,6 +165,7 @@ class CvfpPhase1Module(TrainingModule):
             split: ContextCache.empty(len(positions), model.context_dim, path=paths[split])
             for split, positions in self.positions.items()
         }
+        self._has_contexts = False
         self._borders: dict[str, Tensor] = {}
         self._sums = IterationSums()
         self._best_rank = 0.0
@@ -201,6 +202,8 @@ class CvfpPhase1Module(TrainingModule):
     def on_train_start(self) -> None:
         if self.trainer.global_step == 0:
             self.begin()
+        elif not self._has_contexts:
+            self._make_again()
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -222,7 +225,7 @@ class CvfpPhase1Module(TrainingModule):
         if self._sums.positions == len(self.positions["train"]):
             self._end_iteration()
         loss = (1 - self.loss.weight) * fixed_point + self.loss.weight * diversity
-        # The step takes the mean over slices, of which the last may be a short one.
+        # Lightning takes the mean over slices; the last one may be short, and counts for as much as it holds.
         return loss * (new.shape[1] * self.accumulate_batches / len(self.positions["train"]))
 
     def on_validation_epoch_start(self) -> None:
@@ -257,11 +260,28 @@ class CvfpPhase1Module(TrainingModule):
         super().on_load_checkpoint(checkpoint)
         self._best_rank = checkpoint["rank"]["best"]
         self._validations_since_best = checkpoint["rank"]["validations_since"]
+        self._has_contexts = bool(checkpoint["contexts"])
         for split, contexts in checkpoint["contexts"].items():
             self.caches[split].contexts.copy_(contexts)
 
+    @torch.no_grad()
+    def _make_again(self) -> None:
+        """Give every position of a resumed run a context as old as its iterations: zeros would undo them, settled ones end them."""
+        made = self.trainer.global_step
+        log.warning(
+            "the checkpoint carries no contexts (%.2f GiB, above trainer.cache_checkpoint_limit): they are made again by %d "
+            "sweeps, as many as there were iterations, with its weights and without noise",
+            sum(cache.nbytes for cache in self.caches.values()) / 2**30,
+            made,
+        )
+        for split, positions in self.positions.items():
+            self.caches[split].contexts.zero_()  # a file on disk may be of a later iteration
+            for _ in range(made):
+                for batch in slices(positions, self.options.slice_tokens, device=self.device):
+                    self._sweep(batch, split, noise=0.0)
+
     def _tell_sizes(self) -> None:
-        """Say what contexts and slices take, and where effective ranks will be of too few; raise where a slice does not fit."""
+        """Say what contexts and slices take, what will be of no effect or of too few; raise where a slice does not fit."""
         options, width = self.options, self.model.context_dim
         total, rows = len(self.positions["train"]), {split: len(self._rows(split)) for split in self.positions}
         log.info(
@@ -270,6 +290,11 @@ class CvfpPhase1Module(TrainingModule):
         )
         slice_tokens = min(options.slice_tokens, total)
         check_slice(self.model, slice_tokens, is_trained=True, accelerator=self.config.runtime.accelerator)
+        if options.carry_over == "wrap" and options.reset_at_document:
+            log.warning(
+                "trainer.carry_over=wrap: changes nothing, for the first position begins a text and trainer.reset_at_document=true "
+                "carries nothing into it. Set trainer.reset_at_document=false to wrap."
+            )
         if min(rows.values()) < ROWS_PER_DIM * width:
             log.warning(
                 "context/effective_rank: is taken of %s, fewer than %d for each of %d dims, which hold it down.",

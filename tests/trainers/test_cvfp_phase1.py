@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +80,55 @@ def test_the_first_position_reads_zeros_or_the_last_context_of_the_iteration_bef
 
         torch.testing.assert_close(found[carry_over], expected, rtol=1e-5, atol=1e-6)
     assert not torch.equal(found["zeros"][0], found["wrap"][0])
+
+
+def with_trainer(procedure, iterations: int):
+    """Put a stub in the trainer's place, which has made some iterations."""
+    procedure._trainer = SimpleNamespace(global_step=iterations)
+    procedure.log_dict = lambda found: None
+    return procedure
+
+
+@pytest.mark.parametrize("size", [50, 119, 1000])
+def test_a_step_is_that_of_the_mean_over_all_positions_whatever_the_slices(size: int):
+    """A short last slice once counted for as much as a long one, and one of a single position made the step NaN."""
+    keys = ("loss=odcm", "loss.weight=0.0", f"trainer.slice_tokens={size}")
+    procedure = with_trainer(small_procedure("cvfp_phase1", *QUIET, *keys), 1)
+    torch.manual_seed(5)
+    procedure.begin()
+    start = procedure.caches["train"].contexts.clone()
+    (whole,) = slices(procedure.positions["train"], 120, device=torch.device("cpu"))
+    moved = sweep(context_map(procedure.model, whole), start[None]) - start
+    parameters = list(procedure.model.context_block.parameters())
+    expected = torch.autograd.grad(moved.square().mean(), parameters)
+
+    for batch in slices(procedure.positions["train"], size, device=torch.device("cpu")):
+        (procedure.training_step(batch, 0) / procedure.accumulate_batches).backward()
+
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_contexts_that_a_checkpoint_does_not_carry_are_as_old_as_its_iterations(caplog: pytest.LogCaptureFixture):
+    """Zeros would undo the iterations, and settled ones would seem to have converged."""
+    procedure = with_trainer(small_procedure("cvfp_phase1"), 2)
+    (whole,) = slices(procedure.positions["train"], 120, device=torch.device("cpu"))
+    step, expected = context_map(procedure.model, whole), torch.zeros(1, 120, 4)
+    with torch.no_grad():
+        for _ in range(2):
+            expected = sweep(step, expected)
+
+    procedure.on_train_start()
+
+    torch.testing.assert_close(procedure.caches["train"].contexts, expected[0], rtol=1e-5, atol=1e-6)
+    assert "the checkpoint carries no contexts" in caplog.text
+
+
+@pytest.mark.parametrize("reset", ["true", "false"])
+def test_wrapping_into_a_stream_of_texts_is_said_to_change_nothing(reset: str, caplog: pytest.LogCaptureFixture):
+    small_procedure("cvfp_phase1", "trainer.carry_over=wrap", f"trainer.reset_at_document={reset}")
+
+    assert ("trainer.carry_over=wrap: changes nothing" in caplog.text) == (reset == "true")
 
 
 @pytest.mark.parametrize("k", [1, 3])

@@ -65,6 +65,7 @@ def test_a_model_without_memory_is_told_nothing_of_it(tmp_path: Path) -> None:
         (["model=infini", "trainer=streaming"], "perplexity,positions,generation"),
         (["model=infini", "trainer=streaming", "model.feedback=additive"], "perplexity,positions,generation"),
         (["data=mqar", "model=infini", "trainer=standard"], "perplexity,positions"),
+        (["model=context", "trainer=cvfp_phase1"], "contexts"),
     ],
 )
 def test_only_evaluations_that_the_run_allows_are_suggested(tmp_path: Path, given: list[str], suggested: str) -> None:

@@ -29,6 +29,7 @@ def check_run(config: TrainConfig, given: Collection[str] = ()) -> list[str]:
         *_evaluations_of_one_run(config),
         *_model_with_trainer(config),
         *_trainer_with_loss(config),
+        *_model_with_data(config),
         *_data_with_tokenizer(config, given),
         *_shares(config),
         *_steps(config),
@@ -86,6 +87,16 @@ def _trainer_with_loss(config: TrainConfig) -> list[str]:
     return [
         f"loss={loss.kind}: trainer={trainer.kind} cannot minimise it, it reads {loss.reads} and the trainer gives {trainer.gives}. "
         f"Allowed with this trainer: {listed(fitting)}. Choose one of these, or a trainer for this loss: {listed(others)}."
+    ]
+
+
+def _model_with_data(config: TrainConfig) -> list[str]:
+    length, positions = config.data.block_length, getattr(config.model, "max_positions", None)
+    if positions is None or length <= positions:
+        return []
+    return [
+        f"data.block_length={length}: is more than model.max_positions={positions}. Allowed: 1 to {positions}. "
+        "Shorten the blocks or raise model.max_positions."
     ]
 
 

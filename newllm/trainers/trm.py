@@ -26,18 +26,12 @@ class TrmTrainerConfig(TrainerConfig):
     gives: ClassVar[str] = "answers"
 
     def check(self, config: Any) -> list[str]:
-        """Return what is wrong between the trainer, the model and the data."""
-        if config.model.kind != "trm":
-            return [
-                f"trainer=trm: trains supervision steps, a model of kind {config.model.kind} has none. "
-                "Allowed with it: model=trm. Choose it or trainer=standard."
-            ]
-        length, positions = config.data.block_length, config.model.max_positions
-        if length <= positions:
+        """Return what is wrong between the trainer and the model."""
+        if config.model.kind == "trm":
             return []
         return [
-            f"data.block_length={length}: is more than model.max_positions={positions}. Allowed: 1 to {positions}. "
-            "Shorten the blocks or raise model.max_positions."
+            f"trainer=trm: trains supervision steps, a model of kind {config.model.kind} has none. "
+            "Allowed with it: model=trm. Choose it or trainer=standard."
         ]
 
 

@@ -158,6 +158,7 @@ def test_autocast_keeps_the_gradient_of_cycles_after_free_ones():
         (["model=trm", "loss=deep_supervision"], "loss=deep_supervision: trainer=standard cannot minimise it"),
         (["model=trm", "model.supervision_steps=0"], "model.supervision_steps=0: is out of range. Allowed: an integer at least 1"),
         (["model=trm", "trainer=trm", "data.block_length=513"], "data.block_length=513: is more than model.max_positions=512"),
+        (["model=trm", "data.block_length=513"], "data.block_length=513: is more than model.max_positions=512"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(overrides, message):

@@ -63,6 +63,8 @@ class Probe:
 def build_probe(model: LanguageModel, input_ids: Tensor, generator: torch.Generator) -> Probe:
     """Return a probe made from a batch's tokens, whatever their number; they are repeated where they do not suffice.
 
+    It is shorter where a model has few positions.
+
     Args:
         model: the run's own model.
         input_ids: tokens of a batch [B, T].
@@ -70,13 +72,16 @@ def build_probe(model: LanguageModel, input_ids: Tensor, generator: torch.Genera
     """
     device = next(model.parameters()).device
     tokens = input_ids.flatten().to(device)
-    needed = ROWS * (PROBE_TOKENS + READ_AT_MOST)
+    room = model.max_positions or PROBE_TOKENS + READ_AT_MOST
+    probed = min(PROBE_TOKENS, max(2, room // 2))  # two at least, one to change behind the other
+    most = min(READ_AT_MOST, room - probed)
+    needed = ROWS * (probed + most)
     tokens = tokens.repeat(-(-needed // len(tokens)))[:needed].view(ROWS, -1)
-    text, before = tokens[:, :PROBE_TOKENS], tokens[:, PROBE_TOKENS:]
+    text, before = tokens[:, :probed], tokens[:, probed:]
     parameters = {name: _woken(parameter, generator) for name, parameter in model.named_parameters()}
-    length = READ_FIRST
-    while _has_empty_part(state := _read(model, parameters, before[:, :length])) and length < READ_AT_MOST:
-        length *= 2
+    length = min(READ_FIRST, most)
+    while _has_empty_part(state := _read(model, parameters, before[:, :length])) and length < most:
+        length = min(2 * length, most)
     other = change_tokens(text, model.vocab_size, generator)
     return Probe(model, parameters, before[:, :length], text, other, state)
 

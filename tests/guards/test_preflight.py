@@ -13,6 +13,7 @@ from newllm.guards.preflight import run_preflight
 from newllm.guards.verdict import GuardFailure, require_passed, switched_off
 from newllm.layers.feedback import Feedback
 from newllm.models.base import LanguageModel
+from newllm.models.trm import TrmLM
 from newllm.state import State
 
 MODELS = {
@@ -33,6 +34,17 @@ def test_a_clean_run_passes_every_guard(tmp_path: Path, name: str) -> None:
     assert has_feedback == (name in ("additive", "gated", "sequential"))
     assert {verdict.status for key, verdict in verdicts.items() if key != "sweep_causality"} == {"passed"}
     require_passed(list(verdicts.values()))
+
+
+def test_a_model_with_few_positions_is_probed_within_them(tmp_path: Path) -> None:
+    config = configure(tmp_path, "data.block_length=8")
+    data = prepare(config)
+    sizes = {"num_layers": 1, "num_heads": 2, "mlp_dim": 8, "latent_steps": 1, "deep_steps": 1, "supervision_steps": 1}
+    model = TrmLM(data.vocab_size, 8, max_positions=8, **sizes)
+
+    verdicts = run_preflight(model, first_batch(data), data, data.tokenizer, config.guards, seed=1)
+
+    assert {verdict.status for verdict in verdicts if verdict.name != "sweep_causality"} == {"passed"}
 
 
 def test_the_model_and_the_random_state_are_left_as_they_were(tmp_path: Path) -> None:

@@ -72,8 +72,9 @@ class Setting:
         return torch.zeros(1, self.model.context_dim, device=self.device)
 
     def loss(self, new: Tensor, old: Tensor) -> Tensor:
-        """The loss of phase 1 on a slice, contexts [1, n, C]."""
-        return (1 - DIVERSITY_WEIGHT) * fixed_point_loss(new, old) + DIVERSITY_WEIGHT * self.diversity(new[0])
+        """What a slice adds to the loss of phase 1, by its share of the positions; contexts [1, n, C]."""
+        loss = (1 - DIVERSITY_WEIGHT) * fixed_point_loss(new, old) + DIVERSITY_WEIGHT * self.diversity(new[0])
+        return loss * (new.shape[1] / len(self.positions))
 
     def step(self) -> None:
         """Clip and make one optimizer step."""
@@ -104,12 +105,11 @@ def setting(width: int, num_tokens: int, *, num_layers: int = 1) -> Setting:
 
 def parallel_iteration(on: Setting) -> None:
     """One iteration as trainer=cvfp_phase1 makes it: a sweep in slices, their gradients, one step."""
-    num_slices = -(-len(on.positions) // SLICE_TOKENS)
     before = on.zeros
     for batch in slices(on.positions, SLICE_TOKENS, device=on.device):
         old = on.cache.read(batch["position"], like=before)
         new = sweep(context_map(on.model, batch, noise=NOISE), old, before)
-        (on.loss(new, old) / num_slices).backward()
+        on.loss(new, old).backward()
         before = old[:, -1]
         on.cache.write(batch["position"], new)
     on.step()
@@ -120,14 +120,13 @@ def exact_iteration(on: Setting) -> None:
 
     The gradient is made for a slice at once, which is the fastest way to it: only the pass itself is sequential.
     """
-    num_slices = -(-len(on.positions) // SLICE_TOKENS)
     exact = ContextCache.empty(len(on.positions), on.model.context_dim)
     unroll_stream(on.model, on.positions, exact, slice_tokens=SLICE_TOKENS)
     before = on.zeros
     for batch in slices(on.positions, SLICE_TOKENS, device=on.device):
         old, exact_contexts = (cache.read(batch["position"], like=before) for cache in (on.cache, exact))
         new = sweep(context_map(on.model, batch), exact_contexts, before)
-        (on.loss(new, old) / num_slices).backward()
+        on.loss(new, old).backward()
         before = exact_contexts[:, -1]
         on.cache.write(batch["position"], new)
     on.step()

@@ -50,20 +50,6 @@ def test_slices_read_the_iteration_before_across_their_borders(reset: str, carry
         torch.testing.assert_close(kept[0], other, rtol=1e-5, atol=1e-6)
 
 
-def test_a_position_moves_the_weights_alike_in_a_short_slice() -> None:
-    gradients = []
-    for size in (50, 1000):  # of 120 positions: 50, 50 and 20, or all at once
-        procedure = small_procedure("cvfp_phase1", *QUIET, f"trainer.slice_tokens={size}", "loss.weight=0")
-        procedure._end_iteration = lambda: None
-        torch.manual_seed(5)
-        procedure.begin()
-        for batch in slices(procedure.positions["train"], size, device=torch.device("cpu")):
-            (procedure.training_step(batch, 0) / procedure.accumulate_batches).backward()
-        gradients.append(torch.cat([part.grad.flatten() for part in procedure.model.context_block.parameters()]))
-
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
-
-
 def test_the_first_position_reads_zeros_or_the_last_context_of_the_iteration_before():
     found = {}
     for carry_over in ("zeros", "wrap"):

@@ -17,7 +17,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .7rem; border-bottom: 1px solid #e5e7eb; text-align: right; white-space: nowrap; }
 th { color: #6b7280; font-weight: 600; cursor: pointer; border-bottom: 2px solid #d1d5db; }
 th.text, td.text { text-align: left; } td.long { white-space: normal; min-width: 30ch; }
-tr:hover td { background: #f6f7f9; } img { max-width: 100%; height: auto; }
+tr:hover td { background: #f6f7f9; } img { max-width: 100%; min-width: 700px; height: auto; }
 details { margin: .4rem 0; } summary { cursor: pointer; }
 """
 # A click on a head sorts by the first number of its cells, or by their text.
@@ -50,7 +50,7 @@ def _table(table: Table) -> str:
 
 def _image(path: Path, description: str) -> str:
     content = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(description)}" src="data:image/png;base64,{content}">'
+    return f'<div class="scroll"><img alt="{escape(description)}" src="data:image/png;base64,{content}"></div>'
 
 
 def page(

@@ -18,7 +18,7 @@ MOST_POINTS = 300
 def draw_overlay(groups: Sequence[Group], metric: str) -> Figure:
     """Draw the metric and the training loss of every run; the first groups in colour, the others grey behind them."""
     with styled():
-        figure = new_figure(12.0, 4.6)
+        figure = new_figure(12.0, 4.6 + 0.1 * min(len(groups), len(COLOURS)))
         for place, name in enumerate((metric, "train/loss")):
             axes = figure.add_subplot(1, 2, place + 1)
             tidy(axes, name)
@@ -27,7 +27,8 @@ def draw_overlay(groups: Sequence[Group], metric: str) -> Figure:
                 _draw_group(axes, groups[rank], name, rank)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         if handles:
-            figure.axes[0].legend(handles[::-1], labels[::-1])
+            # Below: long names would lie over the curves.
+            figure.legend(handles[::-1], labels[::-1], loc="outside lower center", ncols=2)
         return figure
 
 
@@ -40,11 +41,13 @@ def _draw_group(axes: Axes, group: Group, name: str, rank: int) -> None:
         stride = 1 + len(steps) // MOST_POINTS
         values = smoothed(values) if name == "train/loss" else values
         if steps:
-            axes.plot(steps[::stride], values[::stride], color=colour, linewidth=1.3, alpha=0.85, label=label)
+            marker = "o" if len(steps) == 1 else ""  # a line through one point is nothing to see
+            x, y = steps[::stride], values[::stride]
+            axes.plot(x, y, color=colour, linewidth=1.3, alpha=0.85, marker=marker, markersize=3, label=label)
             label = None  # one entry of the legend for all seeds
 
 
-def _short(label: str, *, most: int = 60) -> str:
+def _short(label: str, *, most: int = 80) -> str:
     return label if len(label) <= most else f"{label[: most - 3]}..."
 
 

@@ -1,6 +1,9 @@
 """One look for all pictures: quiet axes, colours that stay apart for colour-blind eyes and in grey."""
 
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatter, NullFormatter
+from matplotlib.ticker import Formatter, LogFormatter, NullFormatter
 
 from newllm.whole_file import whole_file
 
@@ -35,9 +38,22 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _number(value: float, _: float | None = None) -> str:
+def _number(value: float, *, digits: int = 3) -> str:
     """A tick: thousands apart, small numbers by powers of ten."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+class _Numbers(Formatter):
+    """Ticks with as many digits as they need to stand where they say: of a narrow axis, 5.425 is not 5.42."""
+
+    def __call__(self, value: float, position: int | None = None) -> str:
+        return _number(value)
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        slack = 0.01 * min((high - low for low, high in pairwise(sorted(set(values)))), default=math.inf)
+        digits = (n for n in range(3, 9) if all(abs(float(f"{value:.{n}g}") - value) < slack for value in values))
+        enough = next(digits, 9)
+        return [_number(value, digits=enough) for value in values]
 
 
 class _FewNumbers(LogFormatter):
@@ -53,7 +69,7 @@ def tidy(axes: Axes, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
-    axes.yaxis.set_major_formatter(FuncFormatter(_number))
+    axes.yaxis.set_major_formatter(_Numbers())
     axes.yaxis.set_minor_formatter(_FewNumbers() if axes.get_yscale() == "log" else NullFormatter())
 
 

@@ -5,7 +5,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from newllm.report.collect import RunCurves
 from newllm.report.curves import PANELS, _figure, draw_curves, points, smoothed
+from newllm.report.groups import Group
+from newllm.report.pictures import draw_overlay
 from newllm.run_record import append_metrics
 
 LINES = [
@@ -84,3 +87,23 @@ def test_ticks_of_a_norm_are_plain_numbers() -> None:
     told = {label.get_text() for which in ("major", "minor") for label in axes.get_yticklabels(which=which)} - {""}
     assert {"3", "4"} <= told
     assert all(text.replace(".", "").isdigit() for text in told), told
+
+
+def test_every_tick_stands_where_its_label_says() -> None:
+    figure = _figure([{"step": step, "tokens": 8, "train/loss": 5.445 - 0.009 * step} for step in range(4)])
+    figure.draw_without_rendering()
+
+    ticks = zip(figure.axes[0].get_yticks(), figure.axes[0].get_yticklabels(), strict=True)
+
+    assert all(abs(float(label.get_text()) - tick) < 1e-4 for tick, label in ticks)
+
+
+def test_the_overlay_shows_a_run_of_one_step_and_its_legend_beside_the_curves() -> None:
+    run = RunCurves(run=None, lines=[{"step": 1, "tokens": 8, "val/loss": 5.0}], settings={})
+    figure = draw_overlay([Group("A", "a name " * 20, {}, [run])], "val/loss")
+    figure.draw_without_rendering()
+
+    below = figure.legends[0].get_window_extent().y1
+
+    assert figure.axes[0].get_lines()[0].get_marker() == "o"
+    assert all(axes.get_window_extent().y0 > below for axes in figure.axes)

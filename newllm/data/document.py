@@ -1,10 +1,12 @@
 """A document, and the sources that documents come from."""
 
 import hashlib
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 
@@ -44,13 +46,22 @@ class Source:
 
     Attributes:
         name: shown in records and messages.
-        signature: plain values that differ whenever the documents differ; a cache is named by them.
+        signature: plain values that differ whenever the documents differ, the code that reads them aside.
         read: yields the documents; counts those it skips, by reason, in the counter it is given.
     """
 
     name: str
     signature: dict[str, Any]
     read: Callable[[Counter[str]], Iterator[Document]]
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What names a cache of the documents: other code in the file that reads them may read others."""
+        function = self.read
+        while isinstance(function, partial):
+            function = function.func
+        code = Path(inspect.getfile(function)).read_bytes()
+        return {"signature": self.signature, "code": hashlib.sha256(code).hexdigest()}
 
 
 @dataclass(frozen=True)

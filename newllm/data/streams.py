@@ -38,7 +38,7 @@ def open_tokenizer(source: Source, rule: SplitRule, config: TokenizerConfig, *, 
         train_tokenizer(config, (document.text for document in split.train)).save(folder / TOKENIZER_FILE)
         return {}
 
-    key = {"source": source.signature, "split": rule.signature, "training": describe_training(config)}
+    key = {"source": source.key, "split": rule.signature, "training": describe_training(config)}
     return load_tokenizer(open_or_build(cache_dir, key, train).path / TOKENIZER_FILE)
 
 
@@ -50,7 +50,7 @@ def open_streams(source: Source, rule: SplitRule, tokenizer: Tokenizer, *, cache
     for each split the documents in order, each with id, hash, bytes and tokens, and why the held-out ones have no bits per byte.
     """
     described = {"json": tokenizer.to_json(), "vocab_size": tokenizer.vocab_size}
-    key = {"source": source.signature, "split": rule.signature, "tokenizer": described}
+    key = {"source": source.key, "split": rule.signature, "tokenizer": described}
     return open_or_build(cache_dir, key, partial(_write_streams, source, rule, tokenizer))
 
 

@@ -1,4 +1,6 @@
+import inspect
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -6,7 +8,7 @@ from small_texts import BYTES, jsonl_config, shared_keys
 
 from newllm.data import stdlib
 from newllm.data.bible import BibleConfig, read_books
-from newllm.data.document import read_source
+from newllm.data.document import Document, Source, read_source
 from newllm.data.module import TextDataModule
 from newllm.data.stdlib import StdlibConfig, module_files, module_name, read_modules
 
@@ -30,6 +32,19 @@ def test_the_bible_becomes_blocks(tmp_path: Path) -> None:
     assert data.facts["validation_documents"] == ["bible/Genesis"]
     assert bytes(data.prepared.validation.__getitems__([0])["labels"][0].tolist()).startswith(b"n the beginning God")
     assert data.facts["skipped"] == {}
+
+
+def test_other_code_that_reads_the_documents_makes_another_cache(tmp_path: Path, monkeypatch) -> None:
+    def poems(number, skipped):
+        yield Document("verse " * number, "poem", "poems")
+
+    source = Source("poems", {}, partial(poems, 3))
+    before = source.key
+    changed = tmp_path / "changed.py"
+    changed.write_text("other code")
+    monkeypatch.setattr(inspect, "getfile", lambda function: changed if function is poems else "")
+
+    assert source.key != before
 
 
 def make_library(folder: Path) -> Path:

@@ -171,7 +171,7 @@ def _recorded(prepared: Prepared, overrides: list[str]) -> float | None:
 def _record_end(record: RunRecord, error: BaseException, *, wall_seconds: float) -> None:
     if not record.facts:  # it could not begin
         return
-    if record.facts["status"] == "finished" and isinstance(error, SystemExit | KeyboardInterrupt):
+    if record.facts["status"] == "finished":  # trained and recorded: an error in measuring it does not undo that
         command = f"python evaluate.py {shlex.quote(f'run={record.folder}')}"
         print(f"the run is finished, what follows it was left out: {command} measures it")
     elif not isinstance(error, SystemExit | KeyboardInterrupt):

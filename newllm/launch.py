@@ -27,7 +27,7 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 
 from newllm import ranks
 from newllm.config.command_line import refuse
-from newllm.config.problems import shown
+from newllm.config.problems import ConfigError, shown, told
 from newllm.config.schema import RuntimeConfig, TrainConfig
 from newllm.config.typed import build, flat, plain
 
@@ -148,13 +148,13 @@ def agreed(work: Callable[[], T]) -> T:
     try:
         result = work()
     except (ValueError, TypeError) as error:
-        problem = str(error)
+        problem = told(error)
     problems = [said for said in ranks.said_by_all(problem) if said is not None]
     if not problems:
         return result  # type: ignore[return-value]  # None only where the work gives it
     if ranks.rank() > 0:
         raise SystemExit(2)
-    raise ValueError(problems[0])
+    raise ConfigError(problems[:1])
 
 
 def _addresses(place: Place) -> dict[str, str]:

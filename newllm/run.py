@@ -33,6 +33,7 @@ from newllm.callbacks.validate_at_end import ValidateAtEnd
 from newllm.callbacks.weight_average import WeightAverage
 from newllm.closing import closing_lines
 from newllm.config.command_line import refuse
+from newllm.config.problems import told
 from newllm.config.run_folder import FIRST_PHASE, can_resume
 from newllm.config.schema import TrainConfig
 from newllm.config.typed import config_hash, plain, real_config
@@ -120,7 +121,7 @@ def run_training(config: TrainConfig, folder: Path, overrides: list[str]) -> flo
             folder = held.enter_context(joined(config, folder, overrides))
             prepared = agreed(lambda: _prepare_alone(config, folder, held))
         except (ValueError, TypeError) as error:
-            refuse([str(error)])
+            refuse([told(error)])
         if ranks.rank() > 0:
             _followed(prepared)
             return None
@@ -248,7 +249,7 @@ def _has_first_run(prepared: Prepared, overrides: list[str]) -> bool:
         try:
             inner = _prepare(replace(config, resume=str(folder) if can_resume(folder) else None), folder)
         except (ValueError, TypeError) as error:
-            refuse([str(error)])
+            refuse([told(error)])
         _recorded(inner, overrides)
         lightning.seed_everything(prepared.config.seed, workers=True, verbose=False)
     if not (folder / "DONE").exists():

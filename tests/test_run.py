@@ -1,6 +1,7 @@
 """What a run does from beginning to end, seen from its folder."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import newllm.run
 from newllm.config.compose import compose
 from newllm.config.library import options
 from newllm.load import load_run
+from newllm.models.transformer import TransformerLM
 from newllm.run import run_training
 from newllm.run_lock import only_writer
 from newllm.run_record import RunRecord, read_metrics, read_run
@@ -132,6 +135,31 @@ def test_the_cost_of_a_run_is_told_without_making_it(tmp_path: Path, capsys: pyt
     assert f"{samples:,} bytes (ram)" in told
     assert "visits per sample" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_in_measuring_leaves_the_run_finished(tmp_path: Path, monkeypatch, capsys):
+    def measure(*_):
+        raise BrokenPipeError("nobody reads any more")
+
+    monkeypatch.setattr(newllm.run, "run_suite", measure)
+
+    with pytest.raises(BrokenPipeError):
+        train(tmp_path / "run")
+
+    assert "the run is finished, what follows it was left out: python evaluate.py run=" in capsys.readouterr().out
+    assert read_run(tmp_path / "run").facts["status"] == "finished"
+    assert (tmp_path / "run" / "DONE").is_file()
+    assert not (tmp_path / "run" / "FAILED").exists()
+
+
+def test_an_error_in_the_code_of_a_model_is_told_with_its_line(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(TransformerLM, "__init__", lambda self, vocab_size: None)
+
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run")
+
+    told = r"got an unexpected keyword argument 'feedback' \(TypeError, newllm/models/transformer\.py, line \d+\)\n$"
+    assert re.search(told, capsys.readouterr().err)
 
 
 def test_data_that_cannot_be_read_is_refused_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture):

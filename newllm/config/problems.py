@@ -3,7 +3,11 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
+from traceback import extract_tb
 from typing import Any
+
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,17 @@ class ConfigError(ValueError):
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = list(problems)
+
+
+def told(error: BaseException) -> str:
+    """Return an error's message; one that is not in our words with the line of ours that it came from: a model's own code, say."""
+    if isinstance(error, ConfigError) or "Allowed:" in str(error):
+        return str(error)
+    frames = [frame for frame in extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(_PACKAGE)]
+    if not frames:
+        return str(error)
+    path = Path(frames[-1].filename).relative_to(_PACKAGE.parent).as_posix()
+    return f"{error} ({type(error).__name__}, {path}, line {frames[-1].lineno})"
 
 
 def shown(value: Any) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from newllm.config.command_line import refuse
 from newllm.config.library import options
+from newllm.config.problems import told
 from newllm.config.schema import EvaluateConfig, EvaluationConfig
 from newllm.config.typed import real_config
 from newllm.evaluation.material import Material
@@ -64,7 +65,7 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
             run, evaluations, split=config.split, batch_size=config.batch_size, device=config.runtime.accelerator
         )
     except (ValueError, TypeError) as error:
-        refuse(str(error).splitlines())
+        refuse(told(error).splitlines())
     print(table(results))
     print(f"run: {config.run}")
     return results
@@ -103,7 +104,7 @@ def run_suite(
     run.model.to("cuda" if device == "gpu" else device)
     material = Material.of(run, split=split, batch_size=batch_size)
     measured: dict[str, Any] = {}
-    with computing_in(precision, run.model):
+    with computing_in(precision, run.model), torch.no_grad():
         for name, chosen in evaluations.items():
             measure = importlib.import_module(f"newllm.evaluation.{chosen.kind}").measure
             measured[name] = measure(material, chosen)

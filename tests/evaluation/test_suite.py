@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from newllm.config.compose import compose
-from newllm.evaluation import suite
+from newllm.evaluation import perplexity, suite
+from newllm.evaluation.scoring import hidden_states
 from newllm.evaluation.suite import run_evaluation, run_suite
 from newllm.load import load_run
 from newllm.run import run_training
@@ -170,6 +171,16 @@ def test_no_other_evaluation_writes_between_reading_and_writing(trained, tmp_pat
 
     assert held == [True, True]
     assert not is_held()
+
+
+def test_a_measurement_needs_no_gradient_of_its_own_accord(trained, monkeypatch):
+    def measure(material, options):
+        hidden = hidden_states(material.model, next(material.batches())["input_ids"])
+        return {"largest": float(material.model.logits(hidden).max())}
+
+    monkeypatch.setattr(perplexity, "measure", measure)
+
+    assert evaluate(trained, "split=test")["perplexity"]["largest"] > 0
 
 
 def test_measuring_nothing_is_refused(trained, tmp_path, capsys):

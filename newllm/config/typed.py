@@ -197,11 +197,16 @@ def _of_kind(tree: Any, base: type[GroupConfig], key: str, reading: _Reading) ->
         advice = f"Allowed: a group with a kind ({listed(kinds)}). {_instead_of_one(key)}"
         return reading.refuse(key, tree, f"is not a group of keys. {advice}")
     if kind is None:
-        reading.problems.append(Problem(key, f"{key}.kind", f"is missing. Allowed: {listed(kinds)}. Give it a value."))
+        reading.problems.append(
+            Problem(f"{key}.kind", f"{key}.kind", f"is missing. Allowed: {listed(kinds)}. Give it a value.")
+        )
         return None
     advice = with_closest(f"Allowed: {listed(kinds)}.", str(kind), kinds)
-    sentence = f"there is no newllm/{FOLDERS[base]}/{kind}.py with a schema. {advice}"
-    return reading.refuse(f"{key}.kind", kind, sentence)
+    return reading.refuse(f"{key}.kind", kind, f"{_no_schema(base, kind)}. {advice}")
+
+
+def _no_schema(base: type[GroupConfig], kind: Any) -> str:
+    return f"there is no newllm/{FOLDERS[base]}/{kind}.py with a schema, a dataclass called ...Config that derives from {base.__name__}"
 
 
 def _layers(tree: Any, key: str, reading: _Reading) -> LayersConfig | None:
@@ -243,7 +248,11 @@ def _expand(stack: Any, kinds: list[str], depth: Any) -> tuple[str, ...]:
         counted += [*entry.items()] if isinstance(entry, Mapping) else [(entry, 1)]
     for kind, count in counted:
         if kind not in kinds:
-            raise ValueError(with_closest(f"{kind} is not a kind of layer. {form}", str(kind), kinds))
+            raise ValueError(
+                with_closest(
+                    f"{kind} is not a kind of layer: {_no_schema(LayerConfig, kind)}. {form}", str(kind), kinds
+                )
+            )
         if count != "rest" and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ValueError(f"{kind} cannot be repeated {shown(count)} times. {form} Give an integer of at least 1.")
     fixed = sum(count for _, count in counted if count != "rest")

@@ -59,6 +59,12 @@ def test_a_damaged_file_is_named_with_its_line(
         assert capsys.readouterr().err.count("conf/experiment/mine.yaml: line") == 1
 
 
+def test_an_option_without_a_kind_is_told_by_its_key(conf: Path) -> None:
+    (conf / "loss" / "mine.yaml").write_text("weight: 1\n")
+
+    assert refusal("loss=mine").startswith("loss.kind: is missing. Allowed: deep_supervision,")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -51,7 +51,10 @@ MISTAKES = [
     (["runtime.num_threads=100000"], r"^runtime\.num_threads=100000: is out of range\. .* at most 1024, or null\.$"),
     (["name=a/b"], r"^name=a/b: cannot name a folder\."),
     (["layers.stack=[]"], r"^layers\.stack=\[\]: is not a list of layers\. Allowed: a list of .*infini, .*pythia"),
-    (["layers.stack=[{pythi: rest}]"], r"pythi is not a kind of layer\. .*Closest: pythia\.$"),
+    (
+        ["layers.stack=[{pythi: rest}]"],
+        r"pythi is not a kind of layer: there is no newllm/layers/pythi\.py .* LayerConfig\. .*Closest: pythia\.$",
+    ),
     (["layers.stack=[{pythia: 0}]"], r"pythia cannot be repeated 0 times\. .*Give an integer of at least 1\.$"),
     (["layers.stack=[{pythia: rest},{infini: rest}]"], r"rest stands there 2 times\."),
     (["model=infini", "size.num_layers=1"], r"^layers\.stack=.*: leaves no layer of model\.num_layers=1 to the rest\."),

@@ -116,7 +116,7 @@ def test_a_saved_configuration_is_read_back(tmp_path) -> None:
         ("name: x", r"not written by this version of newllm: seed: is missing"),
         (
             "model: {kind: gone}",
-            r"model\.kind=gone: there is no newllm/models/gone\.py with a schema\. Allowed: .*trans",
+            r"model\.kind=gone: there is no newllm/models/gone\.py with a schema, .*ModelConfig\. Allowed: .*trans",
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """The door of train.py and evaluate.py: every mistake of a command line is answered here, before torch is imported."""
 
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
@@ -57,7 +58,7 @@ def check_command_line(arguments: Sequence[str], root: str) -> list[str]:
     try:
         with damage_named():
             if options.help:
-                print(help_text(root, [text for text in overrides if not examine([text], root)[1]]))
+                _show(help_text(root, [text for text in overrides if not examine([text], root)[1]]))
                 raise SystemExit(0)
             overrides = _checked(overrides, root, options.multirun)
     except ConfigError as error:
@@ -73,6 +74,13 @@ def sweep_output(arguments: Sequence[str], root: str) -> Path | None:
     if only_shows or not (options.multirun or is_sweep(overrides, root)):
         return None
     return _output_dir(overrides)
+
+
+def _show(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has read enough; Python would complain once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def refuse(problems: Sequence[str]) -> NoReturn:

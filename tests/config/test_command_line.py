@@ -89,6 +89,14 @@ def test_mistakes_are_answered_in_one_block_without_torch(program: str, argument
     assert list(tmp_path.iterdir()) == []
 
 
+def test_help_whose_reader_has_gone_ends_without_a_word(tmp_path: Path) -> None:
+    command = f"{sys.executable} {ROOT / 'train.py'} --help | (exec <&-)"
+
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, cwd=tmp_path)
+
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize("mistake", ["model=infni", "data.path=nowhere"])
 def test_mistakes_are_answered_before_torch_is_imported(mistake: str, tmp_path: Path) -> None:
     command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "data=jsonl", mistake]

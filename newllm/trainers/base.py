@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -166,9 +165,9 @@ class TrainingModule(lightning.LightningModule):
         """Return how many context values this procedure keeps of every position of the training text."""
         return 0
 
-    @abstractmethod
     def states(self, batch: Batch) -> Tensor:
         """Return the hidden states [B, T, D] that this procedure trains on, with gradient."""
+        raise NotImplementedError(f"{type(self).__name__} has no states(batch): write how they come about")
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         states = self.states(batch)

@@ -36,7 +36,7 @@ def test_the_model_of_the_page_trains_and_keeps_the_contract(tmp_path: Path):
         )
 
     assert "gru" in run("train.py", "--help").stdout
-    trained = run("train.py", "model=gru", "debug=fast", "data.max_unseen=1", f"data.cache_dir={tmp_path / 'cache'}")
+    trained = run("train.py", "model=gru", "debug=fast", f"data.cache_dir={tmp_path / 'cache'}")
     assert trained.returncode == 0, trained.stderr
     contract = run("-m", "pytest", "tests/models/test_contract.py", "-q", "-k", "gru", "-m", "not gpu")
     assert contract.returncode == 0, contract.stdout

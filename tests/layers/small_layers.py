@@ -2,11 +2,16 @@
 
 import importlib
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
+from newllm.config.kinds import kinds_of, schema_of
+from newllm.config.library import conf_folder
+from newllm.config.schema import LayerConfig
 from newllm.layers.base import Layer
 from newllm.layers.build import layer_class
 
@@ -57,6 +62,11 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "hierarchical-delta-token": ("hierarchical", {"memory_kernel": "delta_token", "write": None}),
 }
 MEMORY_OPTIONS = [name for name, (kind, _) in OPTIONS.items() if kind != "pythia"]
+for _kind in set(kinds_of(LayerConfig)) - set(DEFAULTS):  # a layer added since is tested as conf/ gives it
+    _values = yaml.safe_load((conf_folder() / "layers/shared/parameters.yaml").read_text(encoding="utf-8"))
+    _own = {field.name for field in fields(schema_of(LayerConfig, _kind))} - {"kind"}
+    DEFAULTS[_kind] = {name: _values[name] for name in _own}
+    OPTIONS[_kind] = (_kind, {})
 
 
 def build(name: str, *, dim: int = DIM, mlp_dim: int = MLP_DIM, num_heads: int = NUM_HEADS, **changes: Any) -> Layer:

@@ -97,17 +97,6 @@ def test_help_whose_reader_has_gone_ends_without_a_word(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize("mistake", ["model=infni", "data.path=nowhere"])
-def test_mistakes_are_answered_before_torch_is_imported(mistake: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-X", "importtime", str(ROOT / "train.py"), "data=jsonl", mistake]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-
-    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if "|" in line}
-    assert result.returncode == 2
-    assert "omegaconf" in imported
-    assert not imported & {"torch", "lightning", "transformers"}
-
-
 def test_a_run_gets_typed_values_and_a_folder_of_its_own(tmp_path: Path) -> None:
     result = call_stand_in("name=mine", "model=infini", cwd=tmp_path)
 

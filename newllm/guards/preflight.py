@@ -76,7 +76,7 @@ def run_preflight(
             "sweep_causality": lambda: check_sweep_causality(probe, count, generator),
             "rows": lambda: check_rows(probe, generator),
             "repeatable": lambda: check_repeatable(probe),
-            "trained_is_evaluated": lambda: check_trained_is_evaluated(probe),
+            "trained_is_evaluated": lambda: check_trained_is_evaluated(probe, generator),
             "initial_loss": lambda: check_initial_loss(
                 model, batch, guards.initial_loss_low, guards.initial_loss_high, is_fresh=is_fresh
             ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ class Probe:
         model: the run's own model.
         parameters: its parameters, those that are all zeros replaced by small random ones: what starts at zero hides faults
             behind it.
+        block_ids: the first rows of the batch, whole blocks [1 or 2, length of a block].
         first_ids: what was read before [2, F].
         input_ids: the text to read now [2, T].
         other_ids: another text that differs from it at every position [2, T].
@@ -38,6 +38,7 @@ class Probe:
 
     model: LanguageModel
     parameters: dict[str, Tensor]
+    block_ids: Tensor
     first_ids: Tensor
     input_ids: Tensor
     other_ids: Tensor
@@ -72,18 +73,18 @@ def build_probe(model: LanguageModel, input_ids: Tensor, generator: torch.Genera
     """
     device = next(model.parameters()).device
     tokens = input_ids.flatten().to(device)
-    room = model.max_positions or PROBE_TOKENS + READ_AT_MOST
-    probed = min(PROBE_TOKENS, max(2, room // 2))  # two at least, one to change behind the other
-    most = min(READ_AT_MOST, room - probed)
-    needed = ROWS * (probed + most)
+    most = PROBE_TOKENS + READ_AT_MOST
+    longest = min(most, model.max_positions or most)
+    num_tokens = min(PROBE_TOKENS, longest // 2)
+    needed = ROWS * longest
     tokens = tokens.repeat(-(-needed // len(tokens)))[:needed].view(ROWS, -1)
-    text, before = tokens[:, :probed], tokens[:, probed:]
+    text, before = tokens[:, :num_tokens], tokens[:, num_tokens:]
     parameters = {name: _woken(parameter, generator) for name, parameter in model.named_parameters()}
-    length = min(READ_FIRST, most)
-    while _has_empty_part(state := _read(model, parameters, before[:, :length])) and length < most:
-        length = min(2 * length, most)
+    length = min(READ_FIRST, before.shape[1])
+    while _has_empty_part(state := _read(model, parameters, before[:, :length])) and length < before.shape[1]:
+        length = min(2 * length, before.shape[1])
     other = change_tokens(text, model.vocab_size, generator)
-    return Probe(model, parameters, before[:, :length], text, other, state)
+    return Probe(model, parameters, input_ids[:ROWS].to(device), before[:, :length], text, other, state)
 
 
 def change_tokens(input_ids: Tensor, vocab_size: int, generator: torch.Generator) -> Tensor:
@@ -134,9 +135,10 @@ def _read(model: LanguageModel, parameters: dict[str, Tensor], input_ids: Tensor
 
 def _woken(parameter: Tensor, generator: torch.Generator) -> Tensor:
     if parameter.any():
-        return parameter.detach()
-    noise = torch.randn(parameter.shape, generator=generator) * 0.02
-    return noise.to(parameter.device, parameter.dtype)
+        woken = parameter.detach()
+    else:
+        woken = (torch.randn(parameter.shape, generator=generator) * 0.02).to(parameter.device, parameter.dtype)
+    return woken.requires_grad_(parameter.requires_grad)  # what a model computes may depend on it
 
 
 def _has_empty_part(state: Any) -> bool:

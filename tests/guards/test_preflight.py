@@ -9,7 +9,9 @@ import torch
 from small_runs import FEEDBACK, INFINI, configure, failed, first_batch, make_model, preflight, prepare, verdicts_on
 from torch import Tensor, nn
 
+from newllm import create_model
 from newllm.guards.preflight import run_preflight
+from newllm.guards.probe import build_probe
 from newllm.guards.verdict import GuardFailure, require_passed, switched_off
 from newllm.layers.feedback import Feedback
 from newllm.models.base import LanguageModel
@@ -155,11 +157,16 @@ def test_a_memory_shared_by_the_batch_is_caught(tmp_path: Path) -> None:
     assert "another text in row 1 changes row 0" in verdicts["rows"].message
 
 
-def test_a_mean_over_the_batch_is_caught(tmp_path: Path) -> None:
+@pytest.mark.parametrize("of", ["states", "logits"])
+def test_a_mean_over_the_batch_is_caught(tmp_path: Path, of: str) -> None:
     def plant(model: LanguageModel) -> None:
-        _on_layer(model, lambda hidden, state, inputs: (hidden + 0.1 * inputs.mean(0, keepdim=True), state))
+        if of == "states":
+            _on_layer(model, lambda hidden, state, inputs: (hidden + 0.1 * inputs.mean(0, keepdim=True), state))
+            return
+        logits = model.logits
+        model.logits = lambda hidden: logits(hidden) - logits(hidden).mean(0, keepdim=True)  # type: ignore[method-assign]
 
-    assert failed(preflight(tmp_path, "model=pythia", change=plant)) == ["rows"]
+    assert "rows" in failed(preflight(tmp_path, "model=pythia", change=plant))
 
 
 def test_a_buffer_that_survives_is_caught(tmp_path: Path) -> None:
@@ -230,6 +237,62 @@ def test_a_recurrence_that_steps_differently_is_caught(tmp_path: Path, monkeypat
     )
 
     assert failed(preflight(tmp_path, *FEEDBACK)) == ["trained_is_evaluated"]
+
+
+def _sees_the_next_token_far_on(model: LanguageModel) -> None:
+    def look_ahead(hidden: Tensor, state: Any, inputs: Tensor) -> tuple[Tensor, Any]:
+        is_far = torch.arange(hidden.shape[1]) >= 50
+        return hidden + is_far[:, None] * inputs.roll(-1, dims=1), state
+
+    _on_layer(model, look_ahead)
+
+
+def _remembers_while_training(model: LanguageModel) -> None:
+    kept = [torch.zeros(model.dim)]
+
+    def remember(hidden: Tensor, state: Any, _: Tensor) -> tuple[Tensor, Any]:
+        found = kept[0]
+        if model.training:
+            kept[0] = hidden.detach().mean((0, 1))
+        return hidden + found, state
+
+    _on_layer(model, remember)
+
+
+def _differs_with_gradients(model: LanguageModel) -> None:
+    _on_layer(model, lambda hidden, state, _: (hidden * (1.1 if hidden.requires_grad else 1.0), state))
+
+
+def _gives_the_loss_other_scores(model: LanguageModel) -> None:
+    logits = model.logits
+    model.logits = lambda hidden: 1.1 * logits(hidden)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("name", "plant"),
+    [
+        ("pythia", _sees_the_next_token_far_on),
+        ("additive", _sees_the_next_token_far_on),
+        ("pythia", _remembers_while_training),
+        ("pythia", _differs_with_gradients),
+        ("pythia", _gives_the_loss_other_scores),
+    ],
+)
+def test_what_only_training_computes_is_caught(
+    tmp_path: Path, name: str, plant: Callable[[LanguageModel], None]
+) -> None:
+    verdicts = preflight(tmp_path, *MODELS[name], "data.block_length=56", change=plant)
+
+    assert failed(verdicts) == ["trained_is_evaluated"]
+
+
+def test_a_model_of_few_positions_is_read_within_them() -> None:
+    model = create_model("trm", size="nano", vocab_size=20, max_positions=4)
+
+    probe = build_probe(model, torch.arange(8).view(2, 4), torch.Generator().manual_seed(0))
+
+    assert probe.logits(probe.input_ids).shape == (2, 2, 20)
+    assert probe.first_ids.shape == (2, 2)
 
 
 def test_a_state_dropped_between_calls_is_caught(tmp_path: Path) -> None:

@@ -25,8 +25,7 @@ def describe_cost(config: TrainConfig) -> str:
     """
     data = build_data(config)
     data.prepare()
-    with torch.device("meta"):
-        model = build_model(config, data.vocab_size)
+    model = _without_weights(config, data.vocab_size)
     parameters, length = count_parameters(model), config.data.block_length
     flops = model.flops_per_token(length)
     cache, contexts = _cache_bytes(config, data, model), _context_bytes(config, model, data)
@@ -55,9 +54,7 @@ def check_memory(config: TrainConfig, vocab_size: int) -> None:
     Raises:
         ValueError: they do not fit; the message gives both figures.
     """
-    with torch.device("meta"):
-        model = build_model(config, vocab_size)
-    parameters = count_parameters(model)
+    parameters = count_parameters(_without_weights(config, vocab_size))
     runtime, copies = config.runtime, _copies(parameters, config)
     needed = copies / runtime.devices if runtime.strategy == "fsdp" else copies
     if runtime.accelerator == "cpu":
@@ -82,8 +79,7 @@ def out_of_memory(config: TrainConfig, vocab_size: int) -> str:
         config: the whole configuration.
         vocab_size: of its data.
     """
-    with torch.device("meta"):
-        parameters = count_parameters(build_model(config, vocab_size))
+    parameters = count_parameters(_without_weights(config, vocab_size))
     rows, has = config.data.batch_size, _has_bytes(config)
     copies = _copies(parameters, config)
     a_row = (_memory_bytes(config, parameters, vocab_size) - copies) / rows
@@ -100,13 +96,26 @@ def out_of_memory(config: TrainConfig, vocab_size: int) -> str:
     )
 
 
+def _without_weights(config: TrainConfig, vocab_size: int) -> LanguageModel:
+    """The model on the meta device."""
+    try:
+        with torch.device("meta"):
+            return build_model(config, vocab_size)
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise ValueError(
+            "model: one of its weights has more bytes than can be numbered. Allowed: what fits into memory. "
+            "Choose a smaller size, or lower the widths of model."
+        ) from None
+
+
 def _sizes_within(nbytes: float, config: TrainConfig, vocab_size: int) -> list[str]:
     """Named sizes whose weights, gradients and moments take at most so many bytes."""
     found = []
     for name in options("size"):
         other = replace(compose_model("pythia", size=name, keys={}), runtime=config.runtime, trainer=config.trainer)
-        with torch.device("meta"):
-            parameters = count_parameters(build_model(other, vocab_size))
+        parameters = count_parameters(_without_weights(other, vocab_size))
         if _copies(parameters, other) <= nbytes:
             found.append(f"size={name}")
     return found

@@ -105,3 +105,8 @@ def test_cost_of_a_gpu_run_counts_the_lagged_cache_in_ram(monkeypatch: pytest.Mo
 
     assert re.fullmatch(r"GPU memory, about +\d MiB", lines[0])
     assert re.match(r"RAM, about +3,072 MiB of kept states; program and data take [\d,]+ MiB besides", lines[1])
+
+
+def test_a_model_whose_weights_cannot_be_numbered_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^model: one of its weights has more bytes than can be numbered\."):
+        check_memory(real_config(compose(["model=pythia", "model.dim=1000000000000"])), 100)

@@ -42,17 +42,25 @@ class Range:
 
 Count = Annotated[int, Range(minimum=1)]
 """A number of things of which there is at least one."""
+LARGEST_DIVISOR = 4096  # to look for more of them would take longer than the answer is worth
+MAX_DEPTH = 1000
+Depth = Annotated[int, Range(minimum=1, maximum=MAX_DEPTH)]
+"""How often something is stacked or gone over for every token: the deepest published models have a thousand layers."""
 Share = Annotated[float, Range(minimum=0, maximum=1)]
 """A part of a whole, 0 to 1."""
+
+
+def divisors(whole: int) -> str:
+    """Return in words the numbers up to LARGEST_DIVISOR that divide a whole."""
+    return ", ".join(str(number) for number in range(1, min(whole, LARGEST_DIVISOR) + 1) if whole % number == 0)
 
 
 def not_dividing(key: str, parts: int, whole_key: str, whole: int) -> list[str]:
     """Return what is wrong with a number of parts that must divide a width; nothing where it does."""
     if whole % parts == 0:
         return []
-    allowed = ", ".join(str(number) for number in range(1, whole + 1) if whole % number == 0)
     return [
-        f"{key}={parts}: does not divide {whole_key}={whole}. Allowed: {allowed}. "
+        f"{key}={parts}: does not divide {whole_key}={whole}. Allowed: {divisors(whole)}. "
         f"Set {key} to one of these or change {whole_key}."
     ]
 
@@ -130,6 +138,8 @@ def _scalar(value: Any, hint: Any) -> Any:
     if hint is int and isinstance(value, float) and value.is_integer():
         raise ValueError(f"is not an integer (write {value:.0f})")
     if hint is int and is_number and isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise ValueError("is not an integer of 64 bits")
         return value
     if hint is str and isinstance(value, int) and not isinstance(value, bool):
         return str(value)  # a folder may be called 123: YAML reads a number there

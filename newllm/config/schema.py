@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from newllm.config.extras import no_wandb_login, not_installed
-from newllm.config.fields import Count, Range, Share
+from newllm.config.fields import Count, Depth, Range, Share
 
 Natural = Annotated[int, Range(minimum=0)]
 
@@ -121,7 +121,7 @@ class DataConfig(GroupConfig):
     block_length: Count  # tokens that predict (T); a block is cut one token longer
     batch_size: Count  # blocks
     eval_batch_size: Count  # blocks
-    num_workers: Natural  # loader processes; 0 loads in the main process
+    num_workers: Annotated[int, Range(minimum=0, maximum=1024)]  # loader processes; 0 loads in the main process
     shuffle: bool  # training blocks, anew in each epoch
     validation_share: Annotated[float, Range(minimum=0, below=1)]  # of the documents
     test_share: Annotated[float, Range(minimum=0, below=1)]  # of the documents
@@ -136,7 +136,7 @@ class SizeConfig(GroupConfig):
     """How large the model is."""
 
     dim: Count  # D
-    num_layers: Count
+    num_layers: Depth
     num_heads: Count  # H
     mlp_dim: Count  # hidden units of the feed-forward part
 
@@ -146,7 +146,7 @@ class TokenizerConfig(GroupConfig):
     """How text becomes token ids."""
 
     kind: Literal["bpe", "bytes", "file", "gpt2", "pythia", "unigram"]
-    vocab_size: Annotated[int | None, Range(minimum=2)]  # token ids; null where the kind decides
+    vocab_size: Annotated[int | None, Range(minimum=2, maximum=2**22)]  # token ids; null where the kind decides
     path: str | None  # tokenizer.json, for kind file
 
     def check(self, config: "TrainConfig") -> list[str]:

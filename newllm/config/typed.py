@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
-from newllm.config.fields import allowed, choices, convert
+from newllm.config.fields import MAX_DEPTH, allowed, choices, convert
 from newllm.config.kinds import FOLDERS, import_schema, kinds_of, schema_of
 from newllm.config.problems import Problem, listed, shown, with_closest
 from newllm.config.schema import GroupConfig, LayerConfig, LayersConfig, TrainConfig
@@ -256,10 +256,12 @@ def _expand(stack: Any, kinds: list[str], depth: Any) -> tuple[str, ...]:
         if count != "rest" and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ValueError(f"{kind} cannot be repeated {shown(count)} times. {form} Give an integer of at least 1.")
     fixed = sum(count for _, count in counted if count != "rest")
+    if fixed > MAX_DEPTH:
+        raise ValueError(f"is {fixed} layers high. Allowed: at most {MAX_DEPTH}. Take fewer layers.")
     rests = sum(count == "rest" for _, count in counted)
     if rests > 1:
         raise ValueError(f"rest stands there {rests} times. {form} Give all but one a number.")
-    if depth is not None and not isinstance(depth, int):
+    if depth is not None and (not isinstance(depth, int) or depth > MAX_DEPTH):
         depth = fixed + 1  # refused as model.num_layers already
     if rests and (depth is None or depth <= fixed):
         advice = "Raise model.num_layers or leave the rest out."

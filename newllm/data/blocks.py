@@ -43,7 +43,6 @@ class Blocks:
         self.block_length = block_length
         self.num_blocks = num_blocks
         self.eos_id = eos_id
-        self._window = np.arange(-1, block_length + 1)
 
     def __len__(self) -> int:
         return self.num_blocks
@@ -55,7 +54,8 @@ class Blocks:
             input_ids, labels [B, T], sample_id [B], int64; starts_text [B, T], True where an input begins a text.
         """
         ids_B = np.asarray(sample_ids, dtype=np.int64)
-        positions = ids_B[:, None] * self.block_length + self._window  # [B, T + 2], from the token before the block
+        window = np.arange(-1, self.block_length + 1)
+        positions = ids_B[:, None] * self.block_length + window  # [B, T + 2], from the token before the block
         tokens = self.stream[np.maximum(positions, 0)].astype(np.int64)
         starts_text = tokens[:, :-2] == self.eos_id  # [B, T]
         starts_text[ids_B == 0, 0] = True

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from newllm.config.fields import Range
+from newllm.config.fields import Depth, Range
 from newllm.config.schema import ModelConfig
 from newllm.layers.context_block import ContextBlock, TokenBlock, initialise
 from newllm.linear import Linear, linear
@@ -40,7 +40,7 @@ class ContextConfig(ModelConfig):
 
     dim: Annotated[int, Range(minimum=1)]
     context_dim: Annotated[int, Range(minimum=1)]
-    num_layers: Annotated[int, Range(minimum=1)]
+    num_layers: Depth
     num_input_tokens: Annotated[int, Range(minimum=1)]
     ffn_layers: Literal[1, 2]
     ffn_expand: Annotated[int, Range(minimum=1)]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from newllm.config.fields import Range
+from newllm.config.fields import Depth, Range, divisors
 from newllm.config.schema import ModelConfig
 from newllm.layers.base import Layer
 from newllm.layers.build import build_stack
@@ -42,7 +42,7 @@ class ContextPythiaConfig(ModelConfig):
     dim: Annotated[int, Range(minimum=1)]
     context_dim: Annotated[int | None, Range(minimum=1)]
     width: Literal["model", "context"]
-    num_layers: Annotated[int, Range(minimum=1)]
+    num_layers: Depth
     num_heads: Annotated[int, Range(minimum=1)]
     mlp_dim: Annotated[int, Range(minimum=1)]
     context_layers: Annotated[int, Range(minimum=1)]
@@ -69,10 +69,9 @@ class ContextPythiaConfig(ModelConfig):
         width = self.layer_width
         if width > 0 and width % self.num_heads == 0:
             return []
-        allowed = ", ".join(str(n) for n in range(1, width + 1) if width % n == 0)
         return [
             f"model.num_heads={self.num_heads}: does not divide the layers' width {width} (model.width={self.width}). "
-            f"Allowed: {allowed}. Set model.num_heads to one of these or change model.context_dim."
+            f"Allowed: {divisors(width)}. Set model.num_heads to one of these or change model.context_dim."
         ]
 
 

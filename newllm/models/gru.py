@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from newllm.config.fields import Range
+from newllm.config.fields import Depth, Range
 from newllm.config.schema import ModelConfig
 from newllm.layers.context_block import initialise
 from newllm.linear import Linear, linear
@@ -32,7 +32,7 @@ class GruConfig(ModelConfig):
 
     dim: Annotated[int, Range(minimum=1)]
     hidden_dim: Annotated[int | None, Range(minimum=1)]
-    num_layers: Annotated[int, Range(minimum=1)]
+    num_layers: Depth
 
     @property
     def units(self) -> int:

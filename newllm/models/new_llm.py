@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from newllm.config.fields import Range
+from newllm.config.fields import Depth, Range
 from newllm.config.schema import ModelConfig
 from newllm.layers.context_block import initialise
 from newllm.layers.context_update import ContextUpdate
@@ -37,7 +37,7 @@ class NewLlmConfig(ModelConfig):
     dim: Annotated[int, Range(minimum=1)]
     context_dim: Annotated[int, Range(minimum=1)]
     hidden_dim: Annotated[int, Range(minimum=1)]
-    num_layers: Annotated[int, Range(minimum=1)]
+    num_layers: Depth
     num_positions: Annotated[int | None, Range(minimum=1)]
     update: Literal["additive", "convex", "dual", "ema", "gated", "layernorm"]
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from newllm.config.fields import Range, not_dividing
+from newllm.config.fields import Depth, Range, not_dividing
 from newllm.config.schema import ModelConfig
 from newllm.layers.base import Layer
 from newllm.layers.build import build_stack
@@ -48,10 +48,10 @@ class SelectiveConfig(ModelConfig):
     """
 
     dim: Annotated[int, Range(minimum=1)]
-    num_layers: Annotated[int, Range(minimum=1)]
+    num_layers: Depth
     num_heads: Annotated[int, Range(minimum=1)]
     mlp_dim: Annotated[int, Range(minimum=1)]
-    skip_interval: Annotated[int, Range(minimum=1)]
+    skip_interval: Depth
     attend: Literal["all_lower", "same_level"]
     carry: Literal["projection", "identity", "injection", "pause"]
     halting: Literal["fixed", "learned"]

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from newllm.config.fields import Range
+from newllm.config.fields import Depth, Range
 from newllm.config.schema import ModelConfig
 from newllm.layers.context_block import TokenLayer, initialise
 from newllm.linear import linear
@@ -34,7 +34,7 @@ class TokenWindowConfig(ModelConfig):
     """
 
     dim: Annotated[int, Range(minimum=1)]
-    num_layers: Annotated[int, Range(minimum=1)]
+    num_layers: Depth
     num_input_tokens: Annotated[int, Range(minimum=1)]
     ffn_layers: Annotated[int, Range(minimum=1, maximum=2)]
     ffn_expand: Annotated[int, Range(minimum=1)]

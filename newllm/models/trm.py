@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from newllm.config.fields import Range, not_dividing
+from newllm.config.fields import Depth, Range, not_dividing
 from newllm.config.schema import ModelConfig
 from newllm.layers.tiny_block import TinyBlock
 from newllm.linear import Linear
@@ -39,13 +39,13 @@ class TrmConfig(ModelConfig):
     """
 
     dim: Annotated[int, Range(minimum=1)]
-    num_layers: Annotated[int, Range(minimum=1)]
+    num_layers: Depth
     num_heads: Annotated[int, Range(minimum=1)]
     mlp_dim: Annotated[int, Range(minimum=1)]
-    max_positions: Annotated[int, Range(minimum=1)]
-    latent_steps: Annotated[int, Range(minimum=1)]
-    deep_steps: Annotated[int, Range(minimum=1)]
-    supervision_steps: Annotated[int, Range(minimum=1)]
+    max_positions: Annotated[int, Range(minimum=4)]  # the guards read two tokens twice
+    latent_steps: Depth
+    deep_steps: Depth
+    supervision_steps: Depth
 
     def check(self, config: Any) -> list[str]:
         """Return what is wrong between these values."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from newllm import ranks
-from newllm.config.fields import Count
+from newllm.config.fields import Count, divisors
 from newllm.config.schema import Natural, TrainerConfig
 from newllm.evaluation.scoring import Score
 from newllm.evaluation.streaming import StreamReading
@@ -48,12 +48,9 @@ class StreamingConfig(TrainerConfig):
                 f"model.max_positions={config.model.max_positions}. Allowed: models without last position. Choose model=infini."
             )
         if self.accumulate_batches % self.detach_every:
-            allowed = ", ".join(
-                str(n) for n in range(1, self.accumulate_batches + 1) if self.accumulate_batches % n == 0
-            )
             problems.append(
                 f"trainer.detach_every={self.detach_every}: does not divide trainer.accumulate_batches="
-                f"{self.accumulate_batches}; no gradient passes an optimizer step. Allowed: {allowed}. "
+                f"{self.accumulate_batches}; no gradient passes an optimizer step. Allowed: {divisors(self.accumulate_batches)}. "
                 "Set trainer.accumulate_batches to a multiple of it."
             )
         return problems

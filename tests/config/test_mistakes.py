@@ -49,6 +49,15 @@ MISTAKES = [
     (["seed=1,2"], r"^seed=1,2: is several values for one run\. Allowed: one value\. Add -m"),
     (["output_dir="], r"^output_dir='': names no folder\."),
     (["runtime.num_threads=100000"], r"^runtime\.num_threads=100000: is out of range\. .* at most 1024, or null\.$"),
+    (["data.num_workers=100000"], r"^data\.num_workers=100000: is out of range\. .* at most 1024\.$"),
+    (["tokenizer.vocab_size=1000000000000"], r"is out of range\. .* at most 4194304, or null\.$"),
+    (["model.num_layers=1000000000000"], r"is out of range\. .* at most 1000\.$"),
+    (
+        ["layers.stack=[{pythia: 1000000000000}]"],
+        r"^layers\.stack=.*: is 1000000000000 layers high\. Allowed: at most 1000\.",
+    ),
+    (["model.dim=9223372036854775807"], r"does not divide model\.dim=9223372036854775807\. Allowed: 1, 7, 49, "),
+    (["trainer.max_steps=9223372036854775808"], r"is not an integer of 64 bits\. Allowed: an integer at least 1\.$"),
     (["name=a/b"], r"^name=a/b: cannot name a folder\."),
     (["layers.stack=[]"], r"^layers\.stack=\[\]: is not a list of layers\. Allowed: a list of .*infini, .*pythia"),
     (

@@ -69,3 +69,7 @@ def test_limit_keeps_the_first_blocks() -> None:
 @pytest.mark.parametrize(("num_tokens", "num_blocks"), [(0, 0), (1, 0), (4, 0), (5, 1), (8, 1), (9, 2)])
 def test_a_tail_shorter_than_a_block_gives_none(num_tokens: int, num_blocks: int) -> None:
     assert count_blocks(num_tokens, 4) == num_blocks
+
+
+def test_a_block_longer_than_memory_is_no_block_of_a_short_stream() -> None:
+    assert len(cut([1, 2, 3], 10**12)) == 0

@@ -396,8 +396,12 @@ def _callbacks(prepared: Prepared, session: Session) -> list[Callback]:
 
 
 def _samples(prepared: Prepared, every_steps: int, loggers: list[Logger]) -> Samples:
-    options = prepared.config.callbacks
+    options, longest = prepared.config.callbacks, prepared.model.max_positions
     prompts = next(iter(prepared.data.val_dataloader()))["input_ids"][:2, :16]
+    # The last new token is not read.
+    new_tokens = (
+        options.sample_tokens if longest is None else min(options.sample_tokens, longest - prompts.shape[1] + 1)
+    )
 
     def sample() -> list[str]:
         assert prepared.data.tokenizer is not None, "only text is sampled"
@@ -405,7 +409,7 @@ def _samples(prepared: Prepared, every_steps: int, loggers: list[Logger]) -> Sam
             prepared.model,
             prepared.data.tokenizer,
             prompts,
-            max_new_tokens=options.sample_tokens,
+            max_new_tokens=new_tokens,
             seed=prepared.config.seed,
         )
 

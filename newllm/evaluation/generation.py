@@ -43,6 +43,12 @@ class GenerationConfig(EvaluationConfig):
                 f"evaluation=[generation]: writes text, data={config.data.kind} gives token ids. Allowed: runs on text. "
                 "Leave generation out of the list."
             )
+        positions = getattr(config.model, "max_positions", None)
+        if positions is not None and self.new_tokens > positions:
+            problems.append(
+                f"evaluation.generation.new_tokens={self.new_tokens}: is more than model.max_positions={positions}. "
+                f"Allowed: 1 to {positions}, with a prompt of one token. Lower it."
+            )
         if self.temperature == 0 and self.samples > 1:
             problems.append(
                 f"evaluation.generation.temperature={self.temperature:g}: draws nothing, and "

@@ -33,7 +33,10 @@ def find_files(path: str, *, key: str = "data.path") -> tuple[list[Path], int]:
     """
     num_left_out = 0
     if os.path.isdir(path):
-        inside = sorted(file for file in Path(path).rglob("*") if file.is_file())
+        below = sorted(Path(path).rglob("*"))
+        for entry in below:
+            _check_link(entry, key)
+        inside = [file for file in below if file.is_file()]
         found = [file for file in inside if text_format(file) is not None]
         num_left_out = len(inside) - len(found)
     elif os.path.isfile(path):
@@ -55,6 +58,16 @@ def text_format(path: Path) -> str | None:
         suffixes = suffixes[:-1]
         return suffixes[-1] if suffixes and suffixes[-1] in READABLE and suffixes[-1] != ".parquet" else None
     return suffixes[-1] if suffixes and suffixes[-1] in READABLE else None
+
+
+def _check_link(entry: Path, key: str) -> None:
+    """Refuse a link in a folder that would leave text out unnoticed: to a folder, which is not searched, or to nothing."""
+    if not entry.is_symlink() or entry.is_file() or (not entry.exists() and text_format(entry) is None):
+        return
+    what = "a link to a folder" if entry.is_dir() else "a link to a file that is not there"
+    raise ValueError(
+        f"{key}={entry}: is {what}. Allowed: files, folders and links to files. Copy it there or take it out."
+    )
 
 
 def _check_name(path: Path, key: str) -> None:
@@ -137,13 +150,17 @@ def read_text_file(path: Path, form: RecordForm) -> str:
 
 def split_lines(chunks: Iterable[bytes], start: int = 0) -> Iterator[tuple[int, bytes]]:
     """Yield each line with the byte at which it begins."""
-    rest = b""
+    begun: list[bytes] = []  # joined once, where the line ends: one of a gigabyte is read in thousands of chunks
     for chunk in chunks:
-        *whole, rest = (rest + chunk).split(b"\n")
-        for line in whole:
+        first, *others = chunk.split(b"\n")
+        begun.append(first)
+        if not others:
+            continue
+        for line in (b"".join(begun), *others[:-1]):
             yield start, line
             start += len(line) + 1
-    if rest:
+        begun = [others[-1]]
+    if rest := b"".join(begun):
         yield start, rest
 
 
@@ -164,10 +181,10 @@ def parse_line(line: bytes, path: Path, start: int, number: int) -> Any:
     try:
         return json.loads(text_line)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} line {number}: is not JSON ({error.msg} at column {error.colno}). "
-            "Allowed: one JSON object per line. Correct the line."
-        ) from None
+        reason = f"is not JSON ({error.msg} at column {error.colno})"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands of brackets
+        reason = f"cannot be read as JSON ({error})"
+    raise ValueError(f"{path} line {number}: {reason}. Allowed: one JSON object per line. Correct the line.")
 
 
 def read_table(path: Path, form: RecordForm) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -228,7 +229,8 @@ def _change_of_block(probe: Probe, generator: torch.Generator) -> float:
     model, block = probe.model, probe.block_ids
     # Any states serve as previous ones: each position reads its own.
     previous = _random_states(probe, block, generator) if model.has_feedback else None
-    state, pieces = model.initial_state(len(block)), []
+    state: Any = model.initial_state(len(block))
+    pieces: list[Tensor] = []
     for start in range(0, block.shape[1], PROBE_TOKENS):
         piece = slice(start, start + PROBE_TOKENS)
         output = probe.run(block[:, piece], state, previous_hidden=None if previous is None else previous[:, piece])

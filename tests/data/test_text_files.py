@@ -10,7 +10,7 @@ import zstandard
 
 from newllm.data.document import Document
 from newllm.data.records import text_form
-from newllm.data.text_files import find_files, read_files
+from newllm.data.text_files import find_files, read_files, split_lines
 
 
 def read(*files: Path, text_field: str = "text") -> tuple[list[Document], Counter[str]]:
@@ -87,6 +87,8 @@ def test_a_damaged_table_is_named(tmp_path: Path) -> None:
         (b'{"content": "two"}', r"a.jsonl line 2: has no text field text. Allowed: fields with text, here content"),
         (b'{"text": 2, "body": "b"}', r"a.jsonl line 2: has no text in its field text. Allowed: .* here body"),
         (b'["two"]', r"a.jsonl line 2: is not a JSON object"),
+        (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", r"a.jsonl line 2: cannot be read as JSON \(Exceeds the limit"),
+        (b"[" * 100_000, r"a.jsonl line 2: cannot be read as JSON \(maximum recursion depth"),
         (b'{"text": ', r"a.jsonl line 2: is not JSON \(.* at column 10\)"),
         (b'{"text": "\xff"}', r"a.jsonl: is not UTF-8 at byte 26 \(0xff\)"),
     ],
@@ -152,6 +154,30 @@ def test_a_pattern_gives_its_matches(tmp_path: Path) -> None:
 def test_a_missing_path_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"data.path=.*: does not exist. Allowed: a file, folder or pattern"):
         find_files(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(("name", "target"), [("books", "there"), ("a.txt", "nowhere.txt")])
+def test_a_link_that_would_leave_text_out_is_refused(tmp_path: Path, name: str, target: str) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/b.txt").write_text("two")
+    (tmp_path / "here" / name).symlink_to(tmp_path / target)
+
+    with pytest.raises(
+        ValueError, match=rf"^data\.path=.*/here/{name}: is a link to a (folder|file that is not there)\."
+    ):
+        find_files(str(tmp_path / "here"))
+
+
+def test_a_line_costs_its_length_however_many_chunks_it_comes_in() -> None:
+    chunks = [b"a"] * 200_000 + [b"b\nc", b"", b"\n\nd"]
+
+    assert [(start, len(line)) for start, line in split_lines(chunks)] == [
+        (0, 200_001),
+        (200_002, 1),
+        (200_004, 0),
+        (200_005, 1),
+    ]
 
 
 def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:

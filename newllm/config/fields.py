@@ -42,6 +42,7 @@ class Range:
 
 Count = Annotated[int, Range(minimum=1)]
 """A number of things of which there is at least one."""
+LARGEST_INTEGER = 2**53  # exact in every JSON reader, and some times it still fits into 64 bits
 LARGEST_DIVISOR = 4096  # to look for more of them would take longer than the answer is worth
 MAX_DEPTH = 1000
 Depth = Annotated[int, Range(minimum=1, maximum=MAX_DEPTH)]
@@ -138,8 +139,8 @@ def _scalar(value: Any, hint: Any) -> Any:
     if hint is int and isinstance(value, float) and value.is_integer():
         raise ValueError(f"is not an integer (write {value:.0f})")
     if hint is int and is_number and isinstance(value, int):
-        if not -(2**63) <= value < 2**63:
-            raise ValueError("is not an integer of 64 bits")
+        if abs(value) > LARGEST_INTEGER:
+            raise ValueError(f"is not an integer up to {LARGEST_INTEGER}")
         return value
     if hint is str and isinstance(value, int) and not isinstance(value, bool):
         return str(value)  # a folder may be called 123: YAML reads a number there

@@ -63,7 +63,7 @@ from newllm.models.create import build_model, load_published
 from newllm.plain_warnings import show_plainly
 from newllm.report.curves import draw_curves
 from newllm.run_lock import only_writer
-from newllm.run_record import RunRecord, last_and_best, read_metrics
+from newllm.run_record import RunRecord, last_and_best, read_metrics, read_run
 from newllm.trainers.base import TrainingModule
 from newllm.trainers.build import build_training_module
 
@@ -216,6 +216,8 @@ def _prepare(config: TrainConfig, folder: Path) -> Prepared:
     saved = folder / "tokenizer.json"
     data = build_data(config, tokenizer_file=saved if config.resume is not None and saved.is_file() else None)
     data.prepare()
+    if config.resume is not None:  # before the record says anything of other data
+        data.require_same(read_run(folder).facts.get("data_fingerprint", data.fingerprint))
     check_memory(config, data.vocab_size)
     # The weights depend on the seed alone, not on how many numbers reading the data drew.
     torch.manual_seed(config.seed)

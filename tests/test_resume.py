@@ -161,6 +161,10 @@ def test_damage_in_an_interrupted_run_is_refused_before_it_goes_on(
     metrics.write_text("garbage\n" + whole)
     assert f"{metrics}:1: is damaged" in _refused(folder, text, capsys)
     metrics.write_text(whole)
+    texts = text.read_text()
+    text.write_text(texts.replace("import", "export"))
+    assert "resume: the data have fingerprint" in _refused(folder, text, capsys)
+    text.write_text(texts)
     checkpoints = folder / "checkpoints"
     (checkpoints / "last.ckpt").write_bytes(b"torn")
     said = _refused(folder, text, capsys)

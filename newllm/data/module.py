@@ -165,15 +165,18 @@ class TextDataModule(LightningDataModule):
         return {"fingerprint": self.fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to continue on other data.
+        self.require_same(state_dict["fingerprint"])
+
+    def require_same(self, fingerprint: str) -> None:
+        """Refuse to continue on other data than the run's so far.
 
         Raises:
-            ValueError: the samples are not those the checkpoint was trained on.
+            ValueError: the samples are not those that were trained on.
         """
-        if state_dict["fingerprint"] != self.fingerprint:
+        if fingerprint != self.fingerprint:
             raise ValueError(
                 f"resume: the data have fingerprint {self.fingerprint[:12]}, the checkpoint's had "
-                f"{state_dict['fingerprint'][:12]}. Allowed: the same texts and tokenizer. Restore them or start anew."
+                f"{fingerprint[:12]}. Allowed: the same texts and tokenizer. Restore them or start anew."
             )
 
     def _held_out_loader(self, samples: Samples) -> PositionLoader:

@@ -53,7 +53,7 @@ class MemoryConfig(GroupConfig):
     segment_length: Annotated[int, Range(minimum=1)]
     memory_heads: Annotated[int, Range(minimum=1)]
     memory_kernel: Literal["elu", "centred", "ridge", "delta_token"]
-    ridge_penalty: Annotated[float, Range(above=0)]
+    ridge_penalty: Annotated[float, Range(minimum=1e-6)]  # fp32 cannot solve with less
     write: Literal["linear", "delta"] | None
     local: Literal["linear", "softmax", "none"]
     mix: Literal["gate", "joint"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from newllm import ranks
-from newllm.config.fields import Count, Range
+from newllm.config.fields import Depth, Range
 from newllm.config.schema import TrainConfig, TrainerConfig
 from newllm.models.base import LanguageModel
 from newllm.recurrence import solve
@@ -43,8 +43,8 @@ class LctConfig(TrainerConfig):
     shares_batches: ClassVar[bool] = True
     needs_feedback: ClassVar[bool] = True
 
-    sweeps: Count | Literal["auto"]
-    init_sweeps: Annotated[int, Range(minimum=1)]
+    sweeps: Depth | Literal["auto"]
+    init_sweeps: Depth
     cache: Literal["ram", "disk", "none"]
     cache_dtype: Literal["bf16", "fp16", "fp32"]
     cache_checkpoint_limit: Annotated[int, Range(minimum=0)]

@@ -24,7 +24,7 @@ class DelayCopyConfig(DataConfig):
     needs_tokenizer: ClassVar[bool] = False
 
     delay: Count  # positions (k); the first k of a row have no label
-    vocab_size: Annotated[int, Range(minimum=2)]  # ids to draw from
+    vocab_size: Annotated[int, Range(minimum=2, maximum=2**22)]  # ids to draw from
     num_samples: Annotated[int, Range(minimum=2)]  # rows, training, validation and test together
     generator_seed: Annotated[int, Range(minimum=0)]  # of the rows; the run's own seed does not change them
 

@@ -48,7 +48,12 @@ class TextDataModule(LightningDataModule):
         """
         if self._prepared is None:
             source = importlib.import_module(f"newllm.data.{self.data_config.kind}")
-            prepared = source.prepare(self.data_config, self.tokenizer_config)
+            try:
+                prepared = source.prepare(self.data_config, self.tokenizer_config)
+            except MemoryError as error:
+                raise ValueError(
+                    f"data: its samples do not fit into memory ({error}). Allowed: what fits. Lower data.block_length or their number."
+                ) from None
             self._prepared = in_lanes(prepared, num_lanes=self.data_config.batch_size) if self.in_lanes else prepared
 
     def prepare_data(self) -> None:

@@ -28,7 +28,7 @@ class MqarConfig(ProbeConfig, DataConfig):
         filler: what stands where nothing is written or asked: "random" ids that the row's pairs do not use, or "zero".
     """
 
-    vocab_size: Annotated[int, Range(minimum=4)]
+    vocab_size: Annotated[int, Range(minimum=4, maximum=2**22)]
     num_pairs: Count
     gap_power: Annotated[float, Range(above=0)]
     filler: Literal["random", "zero"]

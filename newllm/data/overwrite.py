@@ -39,7 +39,7 @@ class OverwriteConfig(ProbeConfig, DataConfig):
         filler: what stands there and before the queries: "random" ids that the row's pairs do not use, or "zero".
     """
 
-    vocab_size: Annotated[int, Range(minimum=4)]
+    vocab_size: Annotated[int, Range(minimum=4, maximum=2**22)]
     num_pairs: Count
     num_rewritten: Count
     filler_length: Annotated[int, Range(minimum=0)]

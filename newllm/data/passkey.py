@@ -30,7 +30,7 @@ class PasskeyConfig(ProbeConfig, DataConfig):
         segment_length: tokens that count as one segment in the names of the slices.
     """
 
-    vocab_size: Annotated[int, Range(minimum=4)]
+    vocab_size: Annotated[int, Range(minimum=4, maximum=2**22)]
     passkey_length: Count
     segment_length: Count
 

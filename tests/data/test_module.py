@@ -7,7 +7,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from small_texts import BYTES, delay_config, jsonl_config, prepared, write_jsonl
 from torch import Tensor, nn
 
-from newllm.data.module import TextDataModule
+from newllm.config.compose import compose
+from newllm.config.typed import real_config
+from newllm.data.module import TextDataModule, build_data
 
 
 @pytest.fixture
@@ -133,3 +135,10 @@ def test_lightning_resumes_at_the_exact_batch_twice(corpus: Path, tmp_path: Path
 
     assert first.seen + second.seen + third.seen == straight.seen
     assert torch.equal(third.weight, straight.weight)
+
+
+def test_more_samples_than_memory_are_refused() -> None:
+    module = build_data(real_config(compose(["data=passkey", "data.num_samples=1000000000000"])))
+
+    with pytest.raises(ValueError, match=r"^data: its samples do not fit into memory \("):
+        module.prepare()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from newllm import ranks
-from newllm.config.fields import Depth, Range
+from newllm.config.fields import Range
 from newllm.config.schema import TrainConfig, TrainerConfig
 from newllm.models.base import LanguageModel
 from newllm.recurrence import solve
@@ -26,6 +26,9 @@ AUTO_REFERENCE_SWEEPS = 8
 AUTO_COSINE = 0.95
 # The exact states of a probe are made position by position: a few rows tell as much as a batch.
 PROBE_ROWS = 8
+
+Sweeps = Annotated[int, Range(minimum=1, maximum=2**16)]
+"""As many as a block has positions are exact: more than the longest blocks have only take time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +46,8 @@ class LctConfig(TrainerConfig):
     shares_batches: ClassVar[bool] = True
     needs_feedback: ClassVar[bool] = True
 
-    sweeps: Depth | Literal["auto"]
-    init_sweeps: Depth
+    sweeps: Sweeps | Literal["auto"]
+    init_sweeps: Sweeps
     cache: Literal["ram", "disk", "none"]
     cache_dtype: Literal["bf16", "fp16", "fp32"]
     cache_checkpoint_limit: Annotated[int, Range(minimum=0)]

@@ -49,7 +49,7 @@ MISTAKES = [
     (["seed=1,2"], r"^seed=1,2: is several values for one run\. Allowed: one value\. Add -m"),
     (["output_dir="], r"^output_dir='': names no folder\."),
     (["runtime.num_threads=100000"], r"^runtime\.num_threads=100000: is out of range\. .* at most 1024, or null\.$"),
-    (["trainer=lct", "trainer.sweeps=1000000"], r"^trainer\.sweeps=1000000: .* at most 1000, or auto\.$"),
+    (["trainer=lct", "trainer.sweeps=1000000"], r"^trainer\.sweeps=1000000: .* at most 65536, or auto\.$"),
     (["model=infini", "layers.ridge_penalty=1e-300"], r"is out of range\. Allowed: a number at least 1e-06\.$"),
     (["data.num_workers=100000"], r"^data\.num_workers=100000: is out of range\. .* at most 1024\.$"),
     (["tokenizer.vocab_size=1000000000000"], r"is out of range\. .* at most 4194304, or null\.$"),

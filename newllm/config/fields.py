@@ -47,6 +47,8 @@ LARGEST_DIVISOR = 4096  # to look for more of them would take longer than the an
 MAX_DEPTH = 1000
 Depth = Annotated[int, Range(minimum=1, maximum=MAX_DEPTH)]
 """How often something is stacked or gone over for every token: the deepest published models have a thousand layers."""
+Sweeps = Annotated[int, Range(minimum=1, maximum=2**16)]
+"""As many as a block has positions are exact: more than the longest blocks have only take time."""
 Share = Annotated[float, Range(minimum=0, maximum=1)]
 """A part of a whole, 0 to 1."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from newllm import ranks
-from newllm.config.fields import Range
+from newllm.config.fields import Range, Sweeps
 from newllm.config.schema import TrainConfig, TrainerConfig
 from newllm.models.base import LanguageModel
 from newllm.recurrence import solve
@@ -26,9 +26,6 @@ AUTO_REFERENCE_SWEEPS = 8
 AUTO_COSINE = 0.95
 # The exact states of a probe are made position by position: a few rows tell as much as a batch.
 PROBE_ROWS = 8
-
-Sweeps = Annotated[int, Range(minimum=1, maximum=2**16)]
-"""As many as a block has positions are exact: more than the longest blocks have only take time."""
 
 
 @dataclass(frozen=True, kw_only=True)

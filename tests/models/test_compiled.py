@@ -17,8 +17,7 @@ VOCABULARY, ROWS, LENGTH = 64, 2, 130  # two segments of the memory layers and a
 def loss_of(model: Any, input_ids: Tensor, labels: Tensor, previous: Tensor) -> Tensor:
     """The loss of one parallel pass. The loss in chunks is not part of it: it is compiled by itself where that pays."""
     given = {"previous_hidden": previous} if model.has_feedback else {}
-    hidden = model.encode(input_ids, model.initial_state(len(input_ids)), **given).hidden
-    return nn.functional.cross_entropy(model.logits(hidden).flatten(0, 1), labels.flatten())
+    return nn.functional.cross_entropy(model(input_ids, **given).logits.flatten(0, 1), labels.flatten())
 
 
 @pytest.mark.slow

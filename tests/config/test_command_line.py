@@ -193,7 +193,7 @@ def test_help_lists_the_keys_of_a_named_group(capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     assert ended.value.code == 0
     assert re.search(r"trainer\.cache=ram +disk, none, ram\n", text)
-    assert re.search(r"trainer\.sweeps=1 +an integer at least 1, or auto\n", text)
+    assert re.search(r"trainer\.sweeps=1 +an integer at least 1, at most 65536, or auto\n", text)
 
 
 def test_flags_may_stand_between_overrides() -> None:

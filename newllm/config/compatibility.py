@@ -55,15 +55,24 @@ def _model_with_trainer(config: TrainConfig) -> list[str]:
             f"trainer={trainer.kind}: does not train all of this model (kind {model.kind}). "
             f"Allowed with it: {model.needs_trainer}. Choose trainer={model.needs_trainer}."
         ]
+    for_model = _trainers(lambda schema: schema.only_model in (None, model.kind))
+    without, recurrent = (
+        _trainers(lambda schema: not schema.needs_feedback),
+        _trainers(lambda schema: schema.allows_feedback),
+    )
+    others = [kind for kind in for_model if kind in (recurrent if model.has_feedback else without)]
+    if trainer.only_model not in (None, model.kind):
+        return [
+            f"trainer={trainer.kind}: is for model={trainer.only_model}, not for a model of kind {model.kind}. Allowed with this model: "
+            f"trainer={listed(for_model if can_switch else others)}. Choose one of these, or model={trainer.only_model}."
+        ]
     if trainer.needs_feedback and not model.has_feedback:
-        others = _trainers(lambda schema: not schema.needs_feedback)
         advice = "Leave model.feedback to the trainer, or choose" if can_switch else "Choose"
         return [
             f"trainer={trainer.kind}: trains a recurrence, {which} has none. "
             f"Allowed without one: trainer={listed(others)}. {advice} another trainer."
         ]
     if model.has_feedback and not trainer.allows_feedback:
-        others = _trainers(lambda schema: schema.allows_feedback)
         return [
             f"trainer={trainer.kind}: cannot train a recurrence, {which} is one. "
             f"Allowed with one: trainer={listed(others)}. Choose another trainer."

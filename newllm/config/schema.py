@@ -83,6 +83,7 @@ class TrainerConfig(GroupConfig):
     Attributes:
         needs_feedback: the procedure trains a recurrence and refuses a model without one.
         allows_feedback: the procedure can train a model with a recurrence.
+        only_model: the kind of model that it is for; None where it does not matter.
         reads_in_lanes: texts come in order, one per row of a batch, and the state goes on from batch to batch.
         shares_batches: several processes may share its batches and come to what one would.
         gives: what it hands to the loss: `states` of all positions [B, T, D] with their targets [B, T], or another name that
@@ -91,6 +92,7 @@ class TrainerConfig(GroupConfig):
 
     needs_feedback: ClassVar[bool] = False
     allows_feedback: ClassVar[bool] = True
+    only_model: ClassVar[str | None] = None
     reads_in_lanes: ClassVar[bool] = False
     shares_batches: ClassVar[bool] = False
     gives: ClassVar[str] = "states"

@@ -119,6 +119,14 @@ class Monitor(Callback):
         self._settle(trainer, pl_module)
         for optimizer in trainer.optimizers:
             vars(optimizer).pop("found_inf", None)
+        skipped = self._counts.skipped
+        if 0 < skipped == self._counts.steps and trainer.global_step == trainer.max_steps:
+            self._fail(
+                "finite_steps",
+                f"guards.finite_steps: each of the run's steps ({skipped}) had NaN or Inf and was skipped: nothing was learnt. "
+                "Allowed: some that were not. Lower optimizer.lr, or look at what is dumped in nonfinite/ of the run folder.",
+                {"skipped_steps": skipped, "step": trainer.global_step},
+            )
         self._stop_if_failed()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

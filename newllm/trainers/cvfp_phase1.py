@@ -44,6 +44,7 @@ class StreamContextsConfig(TrainerConfig):
     """
 
     needs_feedback: ClassVar[bool] = True
+    only_model: ClassVar[str | None] = "context"
 
     slice_tokens: Count
     reset_at_document: bool
@@ -51,13 +52,8 @@ class StreamContextsConfig(TrainerConfig):
     cache: Literal["disk", "ram"]
 
     def check(self, config: Any) -> list[str]:
-        """Return what is wrong between the trainer, the model and the data."""
+        """Return what is wrong between the trainer and the data."""
         problems = []
-        if config.model.kind != "context":
-            problems.append(
-                f"trainer={self.kind}: is for a context block and a token block, a model of kind {config.model.kind} has none. "
-                "Allowed with it: model=context. Choose it or trainer=lct."
-            )
         if not config.data.needs_tokenizer:
             problems.append(
                 f"data={config.data.kind}: gives samples of their own, no text whose positions follow each other. "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,16 +23,8 @@ class SelectiveConfig(TrainerConfig):
 
     shares_batches: ClassVar[bool] = True
     allows_feedback: ClassVar[bool] = False
+    only_model: ClassVar[str | None] = "selective"
     gives: ClassVar[str] = "steps"
-
-    def check(self, config: Any) -> list[str]:
-        """Return what is wrong between the trainer and the model."""
-        if config.model.kind == "selective":
-            return []
-        return [
-            f"trainer=selective: trains several steps per token, model={config.model.kind} makes one. "
-            "Allowed with it: model=selective. Choose it or trainer=standard."
-        ]
 
 
 class SelectiveModule(TrainingModule):

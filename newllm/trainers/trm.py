@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +23,8 @@ class TrmTrainerConfig(TrainerConfig):
 
     shares_batches: ClassVar[bool] = True
     allows_feedback: ClassVar[bool] = False
+    only_model: ClassVar[str | None] = "trm"
     gives: ClassVar[str] = "answers"
-
-    def check(self, config: Any) -> list[str]:
-        """Return what is wrong between the trainer and the model."""
-        if config.model.kind == "trm":
-            return []
-        return [
-            f"trainer=trm: trains supervision steps, a model of kind {config.model.kind} has none. "
-            "Allowed with it: model=trm. Choose it or trainer=standard."
-        ]
 
 
 class TrmModule(TrainingModule):

@@ -81,7 +81,11 @@ MISTAKES = [
     ),
     (["model.num_heads=3"], r"^model\.num_heads=3: does not divide model\.dim=128\. Allowed: 1, 2, 4"),
     (["trainer=lct", "model.feedback=none"], r"^trainer=lct: trains a recurrence, model\.feedback=none has none\."),
-    (["model.feedback=additive"], r"^trainer=standard: cannot train a recurrence, model\.feedback=additive is one\."),
+    (
+        ["model.feedback=additive"],
+        r"^trainer=standard: cannot train a recurrence, model\.feedback=additive is one\. "
+        r"Allowed with one: trainer=lct, sequential, streaming\.",
+    ),
     (["data=delay_copy", "tokenizer=bpe"], r"^tokenizer: data=delay_copy gives token ids, not text\."),
     (["evaluation=[lag]"], r"^evaluation\.lag: measures a recurrence, the model has none"),
     (["data.validation_share=0.6", "data.test_share=0.4"], r"^data\.validation_share=0\.6: .*Allowed: a sum below 1\."),

@@ -85,6 +85,11 @@ def test_a_skipped_step_leaves_the_optimizer_as_it_was(tmp_path: Path) -> None:
         assert all(torch.equal(value, states[1][key][name]) for name, value in values.items())
 
 
+def test_a_run_that_skipped_all_its_steps_has_not_learnt(tmp_path: Path) -> None:
+    with pytest.raises(GuardFailure, match=r"each of the run's steps \(1\) had NaN or Inf and was skipped: nothing"):
+        SmallRun(tmp_path, "guards.plant_nan_at_step=1").fit(max_steps=1)
+
+
 def test_a_skipped_step_of_an_optimizer_that_is_not_fused_changes_nothing() -> None:
     weight = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], lr=0.1, foreach=False)

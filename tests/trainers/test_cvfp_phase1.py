@@ -279,7 +279,7 @@ def test_a_rule_ends_training_after_the_least_iterations(rule: str, reason: str,
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model=infini"], "trainer=cvfp_phase1: is for a context block and a token block, a model of kind transformer has none"),
+        (["model=infini"], "trainer=cvfp_phase1: is for model=context, not for a model of kind transformer"),
         (["embedding.freeze=false"], "embedding.freeze=false: trainer=cvfp_phase1 keeps contexts made over embeddings that stand still"),
         (["data=mqar"], "data=mqar: gives samples of their own"),
         (["trainer.accumulate_batches=2"], "trainer.accumulate_batches=2: trainer=cvfp_phase1 decides itself what makes a step"),

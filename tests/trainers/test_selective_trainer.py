@@ -98,7 +98,7 @@ def test_probe_tells_the_shares_of_steps_and_what_the_gate_does():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["trainer=selective"], "trainer=selective: trains several steps per token, model=transformer makes one"),
+        (["trainer=selective"], "trainer=selective: is for model=selective, not for a model of kind transformer"),
         (["model=selective", "model.skip_interval=0"], "model.skip_interval=0: is out of range. Allowed: an integer at least 1"),
         (["model=selective", "model.halting=learned"], "trainer=standard: does not train all of this model"),
         (["model=selective", "trainer=selective", "loss=halting"], "loss=halting: weighs steps by a gate, model=selective has none"),

@@ -154,7 +154,7 @@ def test_autocast_keeps_the_gradient_of_cycles_after_free_ones():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["trainer=trm"], "trainer=trm: trains supervision steps, a model of kind transformer has none"),
+        (["trainer=trm"], "trainer=trm: is for model=trm, not for a model of kind transformer"),
         (["model=trm", "loss=deep_supervision"], "loss=deep_supervision: trainer=standard cannot minimise it"),
         (["model=trm", "model.supervision_steps=0"], "model.supervision_steps=0: is out of range. Allowed: an integer at least 1"),
         (["model=trm", "trainer=trm", "data.block_length=513"], "data.block_length=513: is more than model.max_positions=512"),

@@ -1,4 +1,7 @@
-"""A peer in a process of its own, with the host's memory as it comes there: nothing that newllm sets for a process reaches it."""
+"""A peer in a process of its own, with the host's memory as it comes there: nothing that newllm sets for a process reaches it.
+
+On a GPU, whose memory is another, it stays in this process.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,14 @@ import torch
 from bench import measure
 from bench.peers import put_on_path
 
+HOW = (
+    "in a process of its own on a CPU, as its users start it; ours is set, as train.py sets its own, to keep the memory that a step "
+    "frees for the next one"
+)
+
 
 @contextmanager
-def apart(build: Callable[..., Callable[[], object]], *arguments: Any) -> Iterator[Callable[[], None]]:
+def apart(build: Callable[..., Callable[[], object]], *arguments: Any) -> Iterator[Callable[[], object]]:
     """Give a call that has the other process make one call of what `build` returns there, and waits for it.
 
     Args:
@@ -25,6 +33,9 @@ def apart(build: Callable[..., Callable[[], object]], *arguments: Any) -> Iterat
     Raises:
         RuntimeError: by the call, what went wrong in the other process.
     """
+    if measure.DEVICE != "cpu":
+        yield build(*arguments)
+        return
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     about = measure.DEVICE, torch.get_num_threads(), build.__module__, build.__name__, arguments

@@ -8,7 +8,7 @@ from itertools import product
 
 from torch import Tensor, nn
 
-from bench.apart import apart
+from bench.apart import HOW, apart
 from bench.measure import DEVICE, Found, paired_ratio, require_quiet, table, take_turns
 from bench.peers import import_peer, missing, problem_with, version_of
 from bench.steps import bare_step, num_parameters, parallel_loss, random_ids
@@ -68,12 +68,11 @@ def peer_step(batch_size: int, length: int, what: str) -> Callable[[], object]:
 
 
 def alternatives(batch_size: int, length: int, what: str, stack: ExitStack) -> dict[str, Callable[[], object]]:
-    """Return a step of both; on a CPU the peer's is made in a process as its users start it, which `stack` ends."""
+    """Return a step of both; `stack` ends the process that was started for the peer's."""
     own, step = own_step(batch_size, length, what)
     found = {f"ours, {num_parameters(own)}": step}
     if problem_with(PEER) is None:
-        shape = batch_size, length, what
-        peer = stack.enter_context(apart(peer_step, *shape)) if DEVICE == "cpu" else peer_step(*shape)
+        peer = stack.enter_context(apart(peer_step, batch_size, length, what))
         found[f"{PEER}, {num_parameters(peer_model(what))}"] = peer
     return found
 
@@ -97,11 +96,7 @@ def run(quick: bool) -> Found:
     told += "their feed-forward parts."
     if problem_with(PEER) is None:
         told += f" {PEER} {version_of(PEER)}; its feed-forward part is gated, with a third less inner width."
-        if DEVICE == "cpu":
-            told += (
-                " It has a process of its own, as its users start it; ours is set, as train.py sets its own, to keep the memory that a "
-                "step frees for the next one."
-            )
+        told += f" It runs {HOW}."
     return Found(
         f"{table(['', 'B', 'T', '', 'tokens/s', 'time / ours', 'spread'], lines)}\n\n{told}{missing([PEER])}", figures
     )

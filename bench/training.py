@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.apart import apart
+from bench.apart import HOW, apart
 from bench.measure import DEVICE, Found, paired_ratio, require_quiet, table, take_turns
 from bench.paused import Paused
 from bench.peers import import_peer, missing, problem_with, version_of
@@ -211,21 +211,17 @@ def by_mkl(step: Callable[[], object]) -> Callable[[], object]:
 
 
 def peers(shape: Shape, folder: str, stack: ExitStack) -> dict[str, Callable[[], object]]:
-    """Return the other trainers that can be measured here, on a CPU each in a process as its users start it."""
-
-    def put(build: Callable[..., Callable[[], object]], *arguments: Any) -> Callable[[], object]:
-        return build(*arguments) if IS_FAST else stack.enter_context(apart(build, *arguments))
-
-    found = {}
+    """Return the other trainers that can be measured here; `stack` ends the processes that were started for them."""
+    found: dict[str, Callable[[], object]] = {}
     if problem_with("transformers") is None:
-        found["HF loop"] = put(huggingface_loop, shape)
+        found["HF loop"] = stack.enter_context(apart(huggingface_loop, shape))
         if IS_FAST:
-            found["HF loop, compiled"] = put(compiled_huggingface_loop, shape)
+            found["HF loop, compiled"] = stack.enter_context(apart(compiled_huggingface_loop, shape))
         else:
             found["HF loop, in our process"] = huggingface_loop(shape)
-        found["HF Trainer"] = put(huggingface_trainer, shape, folder)
+        found["HF Trainer"] = stack.enter_context(apart(huggingface_trainer, shape, folder))
     if problem_with("litgpt") is None:
-        found["litgpt"] = put(litgpt, shape)
+        found["litgpt"] = stack.enter_context(apart(litgpt, shape))
     return found
 
 
@@ -295,8 +291,7 @@ def run(quick: bool) -> Found:
         told += " MKL has no AVX-512 products for this processor: ours leaves large ones to oneDNN, the others take torch's, that is MKL's."
     if not IS_FAST:
         told += (
-            " Each of the others has a process of its own, as its users start it; ours is set, as train.py sets its own, to keep the "
-            "memory that a step frees for the next one, from which the HF loop in our process gains too."
+            f" Each of the others runs {HOW}, from which the HF loop in our process gains too."
             " products alone: the matrix products of the linear maps and of attention, forward and backward, by the library that is "
             "faster here, and nothing else: what is left when everything around them is free."
         )

@@ -6,7 +6,7 @@ from typing import cast
 
 from newllm.config.kinds import kinds_of, schema_of
 from newllm.config.problems import listed
-from newllm.config.schema import GroupConfig, LossConfig, TrainConfig, TrainerConfig
+from newllm.config.schema import GroupConfig, LossConfig, ModelConfig, TrainConfig, TrainerConfig
 
 
 def check_model(config: TrainConfig) -> list[str]:
@@ -55,29 +55,32 @@ def _model_with_trainer(config: TrainConfig) -> list[str]:
             f"trainer={trainer.kind}: does not train all of this model (kind {model.kind}). "
             f"Allowed with it: {model.needs_trainer}. Choose trainer={model.needs_trainer}."
         ]
-    for_model = _trainers(lambda schema: schema.only_model in (None, model.kind))
-    without, recurrent = (
-        _trainers(lambda schema: not schema.needs_feedback),
-        _trainers(lambda schema: schema.allows_feedback),
-    )
-    others = [kind for kind in for_model if kind in (recurrent if model.has_feedback else without)]
     if trainer.only_model not in (None, model.kind):
+        others = _trainers(
+            lambda schema: schema.only_model in (None, model.kind) and (can_switch or _suits(schema, model))
+        )
         return [
             f"trainer={trainer.kind}: is for model={trainer.only_model}, not for a model of kind {model.kind}. Allowed with this model: "
-            f"trainer={listed(for_model if can_switch else others)}. Choose one of these, or model={trainer.only_model}."
+            f"trainer={listed(others)}. Choose one of these, or model={trainer.only_model}."
         ]
-    if trainer.needs_feedback and not model.has_feedback:
+    if _suits(trainer, model):
+        return []
+    others = _trainers(lambda schema: schema.only_model in (None, model.kind) and _suits(schema, model))
+    if not model.has_feedback:
         advice = "Leave model.feedback to the trainer, or choose" if can_switch else "Choose"
         return [
             f"trainer={trainer.kind}: trains a recurrence, {which} has none. "
             f"Allowed without one: trainer={listed(others)}. {advice} another trainer."
         ]
-    if model.has_feedback and not trainer.allows_feedback:
-        return [
-            f"trainer={trainer.kind}: cannot train a recurrence, {which} is one. "
-            f"Allowed with one: trainer={listed(others)}. Choose another trainer."
-        ]
-    return []
+    return [
+        f"trainer={trainer.kind}: cannot train a recurrence, {which} is one. "
+        f"Allowed with one: trainer={listed(others)}. Choose another trainer."
+    ]
+
+
+def _suits(trainer: TrainerConfig | type[TrainerConfig], model: ModelConfig) -> bool:
+    """Whether a trainer takes the model's recurrence, or does without one as the model does."""
+    return trainer.allows_feedback if model.has_feedback else not trainer.needs_feedback
 
 
 def _trainers(is_wanted: Callable[[type[TrainerConfig]], bool]) -> list[str]:

@@ -17,7 +17,7 @@ from newllm.models.base import LanguageModel
 from newllm.recurrence import solve
 from newllm.trainers.base import Batch, TrainingModule
 from newllm.trainers.lag import gradient_cosine, lag_statistics, sweep_map
-from newllm.trainers.lagged_cache import DTYPES, LaggedCache, cache_bytes
+from newllm.trainers.lagged_cache import LaggedCache
 from newllm.trainers.sharded_cache import ShardedCache
 
 log = logging.getLogger(__name__)
@@ -81,9 +81,6 @@ class LctModule(TrainingModule):
         self.cache: LaggedCache | ShardedCache | None = None
         if self.options.cache != "none":
             sizes = num_samples, config.data.block_length, model.dim
-            if ranks.rank() == 0:
-                nbytes = cache_bytes(*sizes, DTYPES[self.options.cache_dtype])
-                log.info("the lagged cache takes %s bytes (trainer.cache=%s)", f"{nbytes:,}", self.options.cache)
             kind = LaggedCache if ranks.world_size() == 1 else ShardedCache
             self.cache = kind(
                 *sizes,
@@ -92,6 +89,10 @@ class LctModule(TrainingModule):
                 # All machines write to one folder, each has its own RAM.
                 sharers=ranks.world_size() if self.options.cache == "disk" else config.runtime.devices,
             )
+            if ranks.rank() == 0:
+                log.info(
+                    "the lagged cache takes %s bytes (trainer.cache=%s)", f"{self.cache.nbytes:,}", self.options.cache
+                )
 
     @classmethod
     def training_flops_per_token(cls, model: LanguageModel, config: TrainConfig) -> float | None:

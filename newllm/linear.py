@@ -1,8 +1,9 @@
 """Linear maps, on some processors with products that are twice as fast.
 
 MKL, which torch multiplies fp32 matrices with, uses AVX-512 on Intel's processors only; oneDNN, which comes with torch as well, uses it
-wherever it is there. On other processors with AVX-512 large products are therefore oneDNN's: 1.8 to 2.3 times as fast on AMD EPYC
-(Zen 5), in fp32 as before. `torch.backends.mkldnn.flags(enabled=False)` leaves them to MKL.
+wherever it is there. On AMD's processors with AVX-512 large products are therefore oneDNN's, in fp32 as before: 1.8 to 2.3 times as fast on
+Zen 5; on Zen 4, which takes such an instruction in two halves, 1.1 to 1.3 times, from larger ones on.
+`torch.backends.mkldnn.flags(enabled=False)` leaves them to MKL.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from newllm.processor import is_amd
+from newllm.processor import zen_generation
 
 log = logging.getLogger(__name__)
 
-# Multiplications and results of a product from which oneDNN is the faster one; below, what it prepares takes longer than it saves.
-LEAST_MULTIPLICATIONS = 2**23
+# Results of a product from which oneDNN is the faster one; below, what it prepares takes longer than it saves.
 LEAST_RESULTS = 2**14
 
 
@@ -50,7 +50,7 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
         left: [M, N].
         right: [M, K].
     """
-    if not _pays(left.T, right.T):
+    if not _pays(left.T, right.T, turned=True):
         return left.T @ right
     # oneDNN is faster with the wider of the two at the right. A wide product is then turned.
     return linear(right.T, left.T).T if left.shape[1] > right.shape[1] else linear(left.T, right.T)
@@ -80,7 +80,7 @@ def is_onednn_faster() -> bool:
         torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and is_amd()
+        and zen_generation() >= 4
     ):
         return False
     # The generator is left alone: what is drawn after it must not depend on the processor.
@@ -96,12 +96,22 @@ def is_onednn_faster() -> bool:
     return True
 
 
-def _pays(left: Tensor, right: Tensor) -> bool:
+@cache
+def least_multiplications(*, turned: bool) -> int:
+    """Return from how many multiplications on oneDNN is the faster one, of a product whose factors it has to turn or of another."""
+    if zen_generation() == 4:
+        return 2**29 if turned else 2**28
+    return 2**23
+
+
+def _pays(left: Tensor, right: Tensor, *, turned: bool = False) -> bool:
     """Whether left @ right.T is for oneDNN: a large product of plain fp32 matrices on such a processor, not traced by a compiler."""
     if torch.compiler.is_compiling() or left.device.type != "cpu":
         return False
     num_rows, width = right.shape
-    if left.numel() * num_rows < LEAST_MULTIPLICATIONS or left.numel() // width * num_rows < LEAST_RESULTS:
+    if left.numel() // width * num_rows < LEAST_RESULTS:
+        return False
+    if left.numel() * num_rows < least_multiplications(turned=turned):
         return False
     return (
         left.dtype == right.dtype == torch.float32

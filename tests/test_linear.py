@@ -39,7 +39,7 @@ def use_only_onednn(patch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     patch.setattr(module, "_onednn", noted)
     patch.setattr(module, "is_onednn_faster", lambda: True)
-    patch.setattr(module, "LEAST_MULTIPLICATIONS", 0)
+    patch.setattr(module, "least_multiplications", lambda **_: 0)
     patch.setattr(module, "LEAST_RESULTS", 0)
     return sizes
 
@@ -110,12 +110,15 @@ def test_what_needs_no_gradient_is_not_multiplied(only_onednn: list) -> None:
     [
         (lambda a, b: linear(a.double(), b.double()), "digits"),
         (lambda a, b: linear(a.bfloat16(), b.bfloat16()), "torch takes oneDNN itself"),
-        (lambda a, b: linear(a[:2], b), "small"),
+        (lambda a, b: linear(a[:2], b), "few results"),
+        (lambda a, b: linear(a[:128], b), "small"),
         (lambda a, b: linear(a, b[:8]), "few results"),
+        (lambda a, b: outer(a, b.repeat(2, 1)), "to be turned"),
     ],
 )
 def test_what_would_not_gain_is_torchs(product: Callable, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "is_onednn_faster", lambda: True)
+    monkeypatch.setattr(module, "least_multiplications", lambda *, turned: 2**26 if turned else 2**24)
     monkeypatch.setattr(module, "_onednn", lambda *_: pytest.fail(reason))
 
     product(torch.randn(512, 256), torch.randn(256, 256))
@@ -138,7 +141,7 @@ def test_autocast_and_the_switch_of_torch_are_minded(only_onednn: list) -> None:
 @pytest.fixture
 def on_amd(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A processor that the products of oneDNN are faster on, whatever this one is."""
-    (tmp_path / "cpuinfo").write_text("vendor_id : AuthenticAMD\nflags : avx2 avx512f")
+    (tmp_path / "cpuinfo").write_text("vendor_id : AuthenticAMD\ncpu family : 26\nflags : avx2 avx512f")
     monkeypatch.setattr(processor, "CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
@@ -158,7 +161,7 @@ def test_products_are_left_to_onednn_where_mkl_is_slow(on_amd: None, tmp_path, m
     assert not is_onednn_faster()
 
     is_onednn_faster.cache_clear()
-    (tmp_path / "cpuinfo").write_text("vendor_id : AuthenticAMD\nflags : avx2")
+    (tmp_path / "cpuinfo").write_text("vendor_id : AuthenticAMD\ncpu family : 25\nflags : avx2")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert not is_onednn_faster()
 

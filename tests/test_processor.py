@@ -23,7 +23,26 @@ def test_a_processor_is_named_in_a_word_or_two(
 
     assert processor.name() == name
     assert processor.multiplies_bf16()
-    assert not processor.is_amd()
+    assert processor.zen_generation() == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "flags", "name"),
+    [
+        (26, "avx512f", "AMD EPYC (Zen 5)"),
+        (25, "avx512f", "AMD EPYC (Zen 4)"),
+        (25, "avx2", "AMD EPYC (Zen 3)"),
+        (23, "avx2", "AMD EPYC"),
+    ],
+)
+def test_a_processor_whose_model_is_not_told_is_named_by_its_generation(
+    family: int, flags: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told = f"vendor_id\t: AuthenticAMD\ncpu family\t: {family}\nmodel name\t: AMD EPYC\nflags\t\t: {flags}\n"
+    (tmp_path / "cpuinfo").write_text(told)
+    monkeypatch.setattr(processor, "CPU_INFO", tmp_path / "cpuinfo")
+
+    assert processor.name() == name
 
 
 @pytest.mark.parametrize("told", ["", "processor\t: 0\nFeatures\t: fp asimd\n"])

@@ -29,8 +29,10 @@ def by_segments(
     empty = kernel.empty(len(queries), 1, *memory.shape[1:3], device=queries.device, dtype=queries.dtype)
     options: dict[str, Any] = {"current": 0, "segments_written": 0, "segments_per_bank": 1, "frozen": (False,)}
     banks, answers = Banks(kernel, empty, **options), []
-    for segments in cut(queries, Tokens(keys, values, strengths), SEGMENT, at_once=banks.segments_at_once()):
-        rows = banks.pass_over(segments, writes=True).read_only()
+    projected = torch.stack([tensor.transpose(1, 2) for tensor in (queries, keys, values)], dim=2)
+    open_tokens, at_once = Tokens(keys, values, strengths).last(0), banks.segments_at_once()
+    for segments in cut(projected, strengths.transpose(1, 2), open_tokens, SEGMENT, at_once=at_once):
+        rows = banks.pass_over(segments, writes=True).read_only().answers()
         answers.append(as_tokens(rows, len(segments.queries)).transpose(1, 2))
     return torch.cat(answers, dim=2), banks.memory.matrix[:, 0]
 

@@ -71,9 +71,11 @@ def delta_against_loop(length: int, dim: int, rounds: int) -> tuple[list[Row], f
         memory = kernel.empty(1, 1, 1, dim, device=queries.device, dtype=queries.dtype)
         options: dict[str, Any] = {"current": 0, "segments_written": 0, "segments_per_bank": 1, "frozen": (False,)}
         banks, answers = Banks(kernel, memory, **options), []
-        q, k, v, s = (tensor[None, None] for tensor in (queries, keys, values, strengths))
-        for segments in cut(q, Tokens(k, v, s), SEGMENT, at_once=banks.segments_at_once()):
-            rows = banks.pass_over(segments, writes=True).read_only()
+        projected = torch.stack([queries, keys, values], dim=1)[None, :, :, None]
+        open_tokens = Tokens(*(tensor[None, None] for tensor in (keys, values, strengths))).last(0)
+        at_once = banks.segments_at_once()
+        for segments in cut(projected, strengths[None, :, None], open_tokens, SEGMENT, at_once=at_once):
+            rows = banks.pass_over(segments, writes=True).read_only().answers()
             answers.append(as_tokens(rows, len(segments.queries)))
         torch.cat(answers, dim=1).sum().backward()
 

@@ -6,22 +6,26 @@ Segments are written one after another and read side by side: a reading sees the
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from newllm.layers.kernels import Elu, Kernel, Segment
-from newllm.layers.memory import Bank, LinearMemory
+from newllm.layers.kernels import Elu, Kernel, Segment, Written
+from newllm.layers.memory import Bank, LinearMemory, Sums, dots
 from newllm.layers.segments import Segments, joined
 
 # Bytes of the banks' matrices that stand side by side, one set for each segment, by device: what a CPU's caches hold; what
 # keeps a GPU busy.
 MAX_FOUND_BYTES = {"cpu": 2**24, "cuda": 2**28}
 
-Version = tuple[int, int]
-"""Place of a bank, and how often it had been replaced."""
+Version = tuple[int, int, int]
+"""Place of a bank, how often it had been written or cut from its gradient, and how many segments it is side by side for."""
+
+Found = Mapping[Version, Bank]
+"""The banks that a segment finds; of a single bank also what several segments find, side by side [n * B, ...]."""
 
 
 class Banks:
@@ -36,7 +40,7 @@ class Banks:
         segments_written: segments written to it since its turn began.
         segments_per_bank: segments after which the next bank has its turn.
         frozen: banks that are read and never written.
-        with_sums: read numerators and denominators side by side instead of values.
+        with_sums: add up weighted numerators and denominators instead of answers.
     """
 
     def __init__(
@@ -53,19 +57,19 @@ class Banks:
         self.kernel = kernel
         self.current, self.segments_written = current, segments_written
         self._memory, self._frozen, self._segments_per_bank = memory, frozen, segments_per_bank
-        self._banks = memory.banks()
+        self._sums = Bank(*(torch.stack(sums) for sums in zip(*memory.banks(), strict=True)))  # [N, B, ...]
         self._is_empty_BN = memory.is_empty()
         self.with_sums = with_sums
-        self._versions = [0] * len(self._banks)  # how often each was replaced
+        self._versions = [0] * len(frozen)  # how often each was written, or cut from its gradient
         self._known: dict[Version, tuple[Tensor, ...]] = {}
 
     def __len__(self) -> int:
-        return len(self._banks)
+        return len(self._frozen)
 
     @property
     def memory(self) -> LinearMemory:
         """The memory as it is now."""
-        return self._memory.with_banks(self._banks)
+        return self._memory.with_banks(_one_by_one(self._sums))
 
     def segments_at_once(self) -> int:
         """Return how many segments to pass over side by side: what they find has room where it is read and written quickly."""
@@ -81,50 +85,26 @@ class Banks:
             writes: write each to the bank whose turn it is, and pass the turn; without effect if all banks are frozen.
             detach_after: segments, counted from 0, after which the gradient through everything written is cut.
         """
-        current = set(enumerate(self._versions))
+        current = {(place, count, 1) for place, count in enumerate(self._versions)}
         self._known = {version: prepared for version, prepared in self._known.items() if version in current}
         arranged, count = self.kernel.arrange(segments), len(segments.queries)
         writes = writes and not all(self._frozen)
         targets = self._take_turns(count, writes=writes)
-        if writes and self.kernel.divides_by_norms:
-            arranged = self.kernel.divided(arranged, self._found_norms(targets, arranged.key_sum, detach_after))
-        rows = arranged.as_rows()
-        one_by_one: Sequence[Segment | None] = [None] * count
-        if writes or self.kernel.reads_open_segment:
-            one_by_one = arranged.one_by_one() if count > 1 else [rows]
-        found: list[dict[Version, Bank]] = []
-        novelties = []
-        for index, (target, segment) in enumerate(zip(targets, one_by_one, strict=True)):
-            found.append(dict(zip(enumerate(self._versions), self._banks, strict=True)))
-            if segment is not None:
-                bank = self._banks[target]
-                novelties.append(self.kernel.novelty(bank, segment))
-                if writes:
-                    self._replace(target, self.kernel.write(bank, segment, novelties[-1]))
-            if index in detach_after:
-                self._detach()
         first_written = {target: targets.index(target) for target in targets} if writes else {}
         is_empty = self._is_empty_BN
         if count > 1:
             is_empty = (is_empty & ~self._is_after(first_written, count).unsqueeze(1)).flatten(0, 1)
         if first_written:
             self._is_empty_BN = self._is_empty_BN & ~self._is_one_of(first_written)
-        own = None
-        if self.kernel.reads_open_segment:
-            own = Own(self._is_target(targets), joined(novelties, dim=0))
-        return Snapshots(self, rows, found, is_empty, own)
+        found, novelty = self._write(arranged, targets, detach_after) if writes else self._look(arranged, targets[0])
+        own = None if novelty is None else Own(self._is_target(targets), novelty)
+        return Snapshots(self, arranged.as_rows(), found, is_empty, own)
 
-    def read(self, bank: Bank, segment: Segment) -> Tensor:
-        """Return what a bank answers [R, H, m, d], or numerator and denominator side by side [R, H, m, d + 1]."""
-        if self.with_sums and isinstance(self.kernel, Elu):
-            return self.kernel.sums(bank, segment)
-        return self.kernel.read(bank, segment)
-
-    def read_weighted(self, prepared: tuple[Tensor, ...], segment: Segment, weights: Tensor) -> Tensor:
-        """Return the weighted sum of prepared banks' answers as `read` returns one."""
+    def read_weighted(self, prepared: tuple[Tensor, ...], segment: Segment, weights: Tensor) -> Sums:
+        """Return the weighted sum of prepared banks' answers [R, H, m, d], or of their sums."""
         if self.with_sums and isinstance(self.kernel, Elu):
             return self.kernel.sums_weighted(prepared, segment, weights)
-        return self.kernel.read_weighted(prepared, segment, weights)
+        return Sums(self.kernel.read_weighted(prepared, segment, weights), None)
 
     def prepared(self, version: Version, bank: Bank) -> tuple[Tensor, ...]:
         """Return what reads of one of several banks need: most segments find what the one before found, and it is made once."""
@@ -138,10 +118,53 @@ class Banks:
 
     def pass_over_fused(self, segments: Segments) -> Tensor:
         """Read and write whole segments; return what the only bank answered on the way [n * B, H, L, d]."""
-        answers, written = self.kernel.pass_over(self._banks[0], segments)
-        self._replace(0, written)
+        answers, written = self.kernel.pass_over(_one_by_one(self._sums)[0], segments)
+        self._sums = Bank(*(tensor.unsqueeze(0) for tensor in written))
+        self._versions[0] += 1
         self._is_empty_BN = torch.zeros_like(self._is_empty_BN)
         return answers
+
+    def _look(self, segments: Segment, target: int) -> tuple[list[Found], Tensor | None]:
+        """What segments find that are not written, and what each would write to its target if reads see that [n * B, H, L, d]."""
+        banks = _one_by_one(self._sums)
+        novelty = None
+        if self.kernel.reads_open_segment:
+            novelty = self.kernel.novelty(banks[target], segments).flatten(0, 1)
+        return [_versioned(self._versions, banks)] * len(segments.queries), novelty
+
+    def _write(
+        self, segments: Segment, targets: Sequence[int], detach_after: Collection[int]
+    ) -> tuple[list[Found], Tensor | None]:
+        """As `_look`, of segments that are written in turn."""
+        ends = sorted({*(index + 1 for index in detach_after), len(targets)})
+        parts = segments.split([end - first for first, end in pairwise([0, *ends])])
+        found: list[Found] = []
+        novelties = []
+        for part, end in zip(parts, ends, strict=True):
+            own_targets = targets[end - len(part.queries) : end]
+            written = self.kernel.write(self._sums, part, own_targets)
+            found += self._found(written, own_targets)
+            novelties.append(written.novelty)
+            self._sums = written.last
+            if end - 1 in detach_after:
+                self._sums = Bank(*(tensor.detach() for tensor in self._sums))
+                self._versions = [version + 1 for version in self._versions]
+        return found, joined(novelties, dim=0).flatten(0, 1) if self.kernel.reads_open_segment else None
+
+    def _found(self, written: Written, targets: Sequence[int]) -> list[Found]:
+        """All banks as each segment found them; with one bank a single one for all of them, in their rows [n * B, ...]."""
+        before = list(self._versions)
+        for target in targets:
+            self._versions[target] += 1
+        if len(self) == 1:
+            return [{(0, before[0], len(targets)): Bank(*(tensor.flatten(0, 1) for tensor in written.found))}]
+        # From the last segment back: a bank is as the next segment that goes to it finds it, or as it is left.
+        versions, banks, found = list(self._versions), _one_by_one(written.last), []
+        for target, bank in zip(reversed(targets), reversed(_one_by_one(written.found)), strict=True):
+            versions[target] -= 1
+            banks[target] = bank
+            found.append(_versioned(versions, banks))
+        return found[::-1]
 
     def _take_turns(self, count: int, *, writes: bool) -> list[int]:
         """The banks that so many segments go to, or would if none was frozen; passes the turn on if they are written."""
@@ -152,24 +175,6 @@ class Banks:
             if writes:
                 self._pass_turn(targets[-1])
         return targets
-
-    def _found_norms(self, targets: Sequence[int], key_sums: Tensor, detach_after: Collection[int]) -> Tensor:
-        """The norms [n, B, H, d] of the segments' targets as each will find it, from the sums of their keys [n, B, H, d]."""
-        norms, found = [bank.norm for bank in self._banks], []
-        for index, (target, key_sum) in enumerate(zip(targets, key_sums.unbind(0), strict=True)):
-            found.append(norms[target])
-            norms[target] = norms[target] + key_sum
-            if index in detach_after:
-                norms = [norm.detach() for norm in norms]
-        return torch.stack(found)
-
-    def _detach(self) -> None:
-        for place, bank in enumerate(self._banks):
-            self._replace(place, Bank(*(tensor.detach() for tensor in bank)))
-
-    def _replace(self, place: int, bank: Bank) -> None:
-        self._banks[place] = bank
-        self._versions[place] += 1
 
     def _next_open(self) -> int | None:
         """First bank from the current one on, in turn, that is not frozen; None if all are."""
@@ -235,7 +240,7 @@ class Snapshots:
         self,
         banks: Banks,
         segment: Segment,
-        found: Sequence[Mapping[Version, Bank]],
+        found: Sequence[Found],
         is_empty: Tensor,
         own: Own | None,
     ) -> None:
@@ -248,22 +253,19 @@ class Snapshots:
         """Return True for banks that have something to say to a row's queries [R, N]."""
         return ~self._is_empty if self._own is None else ~self._is_empty | self._own.is_target
 
-    def read_only(self) -> Tensor:
+    def read_only(self) -> Sums:
         """Return what the only bank answers [R, H, m, d] to the segments' queries."""
         assert len(self._found[0]) == 1, "several banks are read with weights"
         (bank,) = self._found[0].values()
         if len(self._found) > 1:
             bank = Bank(*(self._rows(name).squeeze(2) for name in Bank._fields))
-        answer = self._banks.read(bank, self.segment)
-        return answer if self._own is None else answer + self._read_open(self.segment, self._own)
+        return self._read(bank)
 
-    def read_total(self) -> Tensor:
+    def read_total(self) -> Sums:
         """Return what one bank would answer that holds the sums of all of them [R, H, m, d]."""
-        totals = Bank(*(self._rows(name).sum(2) for name in Bank._fields))
-        answer = self._banks.read(totals, self.segment)
-        return answer if self._own is None else answer + self._read_open(self.segment, self._own)
+        return self._read(Bank(*(self._rows(name).sum(2) for name in Bank._fields)))
 
-    def read_shares(self, weights: Tensor, segment: Segment | None = None) -> Tensor:
+    def read_shares(self, weights: Tensor, segment: Segment | None = None) -> Sums:
         """Return the answers of the banks as one [R, H, m, d], by shares [R, N, H or 1, m or 1] of those with content.
 
         Equal shares of sums make them the sums of one bank: the number of banks alone then changes nothing.
@@ -275,20 +277,20 @@ class Snapshots:
         segment = self.segment if segment is None else segment
         if self._banks.with_sums:
             weights = weights * self.has_content().sum(1).view(-1, 1, 1, 1)
-        answer = self._banks.read_weighted(self._prepared(), segment, weights)
+        found = self._banks.read_weighted(self._prepared(), segment, weights)
         if self._own is None:
-            return answer
+            return found
         own_share = (weights * self._own.is_target[..., None, None]).sum(1).unsqueeze(-1)  # [R, H or 1, m or 1, 1]
-        return answer + own_share * self._read_open(segment, self._own)
+        return found._replace(numerator=found.numerator + own_share * self._read_open(segment, self._own))
 
     def cosines(self) -> Tensor:
         """Return how much the sum of each bank's key features points the way of each query [R, N, H, m]."""
         queries = self.segment.queries
-        norms = self._rows("norm").mT  # [R, H, d, N]
-        cosines = (queries @ normalize(norms, dim=-2)).permute(0, 3, 1, 2) / queries.norm(dim=-1).unsqueeze(1)
+        norms = self._rows("norm")  # [R, H, N, d]
+        cosines = dots(queries, normalize(norms, dim=-1)).permute(0, 3, 1, 2) / queries.norm(dim=-1).unsqueeze(1)
         if self._own is None:
             return cosines
-        written = (norms * self._own.is_target[:, None, None]).sum(-1)
+        written = (norms * self._own.is_target[:, None, :, None]).sum(-2)
         open_sums = self.segment.keys.cumsum(dim=2)[:, :, self.segment.keys.shape[2] - queries.shape[2] :]
         open_cosines = torch.cosine_similarity(queries, written.unsqueeze(-2) + open_sums, dim=-1)
         return torch.where(self._own.is_target[..., None, None], open_cosines.unsqueeze(1), cosines)
@@ -308,12 +310,27 @@ class Snapshots:
             self._stacks[name] = _as_rows([[getattr(bank, name) for bank in banks.values()] for banks in self._found])
         return self._stacks[name]
 
+    def _read(self, bank: Bank) -> Sums:
+        found = self.kernel.read(bank, self.segment)
+        if self._own is None:
+            return found
+        return found._replace(numerator=found.numerator + self._read_open(self.segment, self._own))
+
     def _read_open(self, segment: Segment, own: Own) -> Tensor:
         if segment is not self.segment:
             return self.kernel.read_open(segment, own.novelty)
         if self._open_answer is None:
             self._open_answer = self.kernel.read_open(segment, own.novelty)
         return self._open_answer
+
+
+def _one_by_one(sums: Bank) -> list[Bank]:
+    """Banks or segments [n, ...] one by one."""
+    return [Bank(*tensors) for tensors in zip(*(tensor.unbind(0) for tensor in sums), strict=True)]
+
+
+def _versioned(counts: Sequence[int], banks: Sequence[Bank]) -> Found:
+    return {(place, count, 1): bank for place, (count, bank) in enumerate(zip(counts, banks, strict=True))}
 
 
 def _as_rows(by_segment: Sequence[Sequence[Tensor]]) -> Tensor:

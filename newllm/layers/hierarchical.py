@@ -13,6 +13,7 @@ from newllm.config.fields import Range
 from newllm.config.schema import LayerConfig
 from newllm.layers.banks import Snapshots
 from newllm.layers.kernels import take_positions
+from newllm.layers.memory import Sums
 from newllm.layers.memory_layer import MemoryConfig, MemoryLayer, Recall
 from newllm.layers.multi_memory import choice_flops, choose, selection_gate
 from newllm.linear import Linear
@@ -68,13 +69,14 @@ class HierarchicalLayer(MemoryLayer):
         return self.training or self.expand_threshold is None
 
     def recall(self, banks: Snapshots) -> Recall:
-        coarse = banks.read_total()
-        answers = coarse.transpose(1, 2).flatten(2).to(self.selection_gate.dtype)  # [B, H, m, d] -> [B, m, H*d]
-        expansion = torch.sigmoid(self.expansion_gate(answers)).squeeze(-1).to(coarse.dtype)
+        coarse = banks.read_total().answers()
+        hidden = coarse.transpose(1, 2).flatten(2).to(self.selection_gate.dtype)  # [B, H, m, d] -> [B, m, H*d]
+        expansion = torch.sigmoid(self.expansion_gate(hidden)).squeeze(-1).to(coarse.dtype)
         if self.training or self.expand_threshold is None:
-            fine = banks.read_shares(choose(banks, self.selection_gate))
-            return Recall(torch.lerp(coarse, fine, expansion[:, None, :, None]), expansion)
-        return Recall(self._expand(banks, coarse, expansion, expansion >= self.expand_threshold), expansion)
+            fine = banks.read_shares(choose(banks, self.selection_gate)).answers()
+            return Recall(Sums(torch.lerp(coarse, fine, expansion[:, None, :, None]), None), expansion)
+        answers = self._expand(banks, coarse, expansion, expansion >= self.expand_threshold)
+        return Recall(Sums(answers, None), expansion)
 
     def recall_flops(self, lengths: Sequence[int]) -> float:
         fine = super().recall_flops(lengths) + choice_flops(self, sum(lengths))
@@ -94,7 +96,7 @@ class HierarchicalLayer(MemoryLayer):
         index = is_expanded.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]  # [B, K]
         weights = choose(banks, self.selection_gate)
         chosen = torch.take_along_dim(weights, index[:, None, None], dim=-1)
-        fine = banks.read_shares(chosen, banks.kernel.take(banks.segment, index))
+        fine = banks.read_shares(chosen, banks.kernel.take(banks.segment, index)).answers()
         # Rows with fewer expanded positions fill up with others, whose expansion is 0.
         change = torch.take_along_dim(expansion * is_expanded, index, dim=1)[:, None, :, None] * (
             fine - take_positions(coarse, index)

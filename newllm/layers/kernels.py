@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from newllm.layers import fused_delta
-from newllm.layers.memory import Bank, LinearMemory, WriteRule, divide
-from newllm.layers.segments import Segments, Tokens, as_tokens, causal_scores, side_by_side
+from newllm.layers.memory import Bank, LinearMemory, Sums, WriteRule, divide, dots
+from newllm.layers.scan import delta_rule, running_sums
+from newllm.layers.segments import Segments, Tokens, as_tokens, causal_scores, one_segment, split
 
 
 class Segment(NamedTuple):
-    """Segments as a memory sees them: side by side, one of them (without the axis n), or each as a row of its own (n with B).
+    """Segments as a memory sees them: side by side, or each as a row of its own (n with B).
 
     Attributes:
         queries: features of the queries [n, B, H, m, d].
@@ -33,9 +34,12 @@ class Segment(NamedTuple):
     values: Tensor
     products: tuple[Tensor, ...] = ()
 
-    def one_by_one(self) -> list[Segment]:
-        """Return segments that stand side by side one by one."""
-        return [self._of(tensors) for tensors in zip(*(tensor.unbind(0) for tensor in self._tensors()), strict=True)]
+    def split(self, counts: Sequence[int]) -> list[Segment]:
+        """Return segments that stand side by side in groups of these sizes, one after another."""
+        return [
+            self._of(tensors)
+            for tensors in zip(*(split(tensor, counts, dim=0) for tensor in self._tensors()), strict=True)
+        ]
 
     def as_rows(self) -> Segment:
         """Return segments that stand side by side as rows, all texts' first segments, then their second ones."""
@@ -49,6 +53,20 @@ class Segment(NamedTuple):
         return Segment(queries, keys, key_sum, values, tuple(products))
 
 
+class Written(NamedTuple):
+    """What came of writing segments in turn.
+
+    Attributes:
+        found: the sums of its bank as each segment found them, [n, B, ...].
+        last: the sums of all banks after the last segment, [N, B, ...].
+        novelty: values that each segment associated with its keys [n, B, H, L, d].
+    """
+
+    found: Bank
+    last: Bank
+    novelty: Tensor
+
+
 class Kernel:
     """What a memory layer asks of a kernel; as it stands here, the linear write that all but the delta rules share.
 
@@ -58,7 +76,6 @@ class Kernel:
         has_strengths: tokens say how much of their value they write.
         reads_as_found: sums of `Bank` that reads of several banks take as they are; empty if they take what `prepare` returns.
         reads_open_segment: reads see the tokens of the query's own segment too, up to the query.
-        divides_by_norms: what is written depends on the norm of the bank it goes to.
         fused: a device's kernel for whole segments of one bank, with which `pass_over` trains; None where there is none.
     """
 
@@ -66,7 +83,6 @@ class Kernel:
     has_strengths: ClassVar[bool] = False
     reads_as_found: ClassVar[tuple[str, ...]] = ()
     reads_open_segment: ClassVar[bool] = False
-    divides_by_norms: bool = False
     fused: fused_delta.Rule | None = None
 
     def __init__(self, rule: WriteRule = "linear") -> None:
@@ -113,7 +129,7 @@ class Kernel:
         """Return a segment, or one in each row, with only the chosen queries of the row, [B, H, K, d]."""
         return segment._replace(queries=take_positions(segment.queries, index_BK))
 
-    def read(self, bank: Bank, segment: Segment) -> Tensor:
+    def read(self, bank: Bank, segment: Segment) -> Sums:
         """Return what a bank answers to the segment's queries [B, H, m, d]; zeros where it is empty."""
         raise NotImplementedError
 
@@ -134,27 +150,55 @@ class Kernel:
         """
         return weighted_products(segment.queries.unsqueeze(3), weights, prepared[0])
 
-    def divided(self, segments: Segment, norms: Tensor) -> Segment:
-        """Return segments, side by side, ready to be written, if what is written depends on norms.
+    def novelty(self, bank: Bank, segments: Segment) -> Tensor:
+        """Return the values [n, B, H, L, d] that a bank would keep for segments' keys, if reads see the open segment.
 
         Args:
-            segments: as `arrange` returned them.
-            norms: of the banks that they go to, as each will find it [n, B, H, d].
+            bank: [B, ...].
+            segments: side by side; each as if it was written first.
         """
         raise NotImplementedError
-
-    def novelty(self, bank: Bank, segment: Segment) -> Tensor:
-        """Return the values [B, H, L, d] that writing the segment to the bank would associate with its keys."""
-        return segment.values
 
     def read_open(self, segment: Segment, novelty: Tensor) -> Tensor:
         """Return what the segment adds to the answers of the bank it goes to, if reads see the open segment."""
         raise NotImplementedError
 
-    def write(self, bank: Bank, segment: Segment, novelty: Tensor) -> Bank:
-        """Return the bank with a closed segment written to it; all its sums run over the same tokens."""
-        matrix = plus_product(bank.matrix, segment.keys.mT, novelty)
-        return bank._replace(matrix=matrix).plus(norm=segment.key_sum)
+    def write(self, banks: Bank, segments: Segment, targets: Sequence[int]) -> Written:
+        """Return what came of writing closed segments in turn; all sums of a bank run over the same tokens.
+
+        Args:
+            banks: [N, B, ...].
+            segments: side by side.
+            targets: the bank that each of them goes to.
+        """
+        # Of size 0 where the kernel keeps none.
+        found = {
+            name: sums.new_zeros(len(targets), *sums.shape[1:])
+            for name, sums in banks._asdict().items()
+            if not sums.numel()
+        }
+        last = {}
+        for name, step in {"norm": segments.key_sum, **self.further_steps(segments)}.items():
+            found[name], last[name] = running_sums(getattr(banks, name), step, targets)
+        found["matrix"], last["matrix"], novelty = self.write_matrices(banks.matrix, segments, targets, found["norm"])
+        return Written(Bank(**found), banks._replace(**last), novelty)
+
+    def write_matrices(
+        self, matrices: Tensor, segments: Segment, targets: Sequence[int], norms: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the matrices and novelties of `write`: found [n, B, H, d, d], last [N, B, H, d, d], novelty [n, B, H, L, d].
+
+        Args:
+            matrices: of the banks [N, B, H, d, d].
+            segments: side by side.
+            targets: the bank that each of them goes to.
+            norms: of its bank, as each segment found it [n, B, H, d].
+        """
+        return *running_sums(matrices, segments.keys.mT @ segments.values, targets), segments.values
+
+    def further_steps(self, segments: Segment) -> dict[str, Tensor]:
+        """Return what segments add to the sums that the kernel keeps beside matrix and norm, by their names [n, B, ...]."""
+        return {}
 
     def pass_over(self, bank: Bank, segments: Segments) -> tuple[Tensor, Bank]:
         """Return what the bank answers to whole segments while each is written after it was read, and the bank after them.
@@ -187,40 +231,32 @@ class Elu(Kernel):
 
     reads_as_found = ("matrix", "norm")
 
-    def __init__(self, rule: WriteRule) -> None:
-        super().__init__(rule)
-        self.divides_by_norms = rule == "delta"
-
-    def read(self, bank: Bank, segment: Segment) -> Tensor:
-        return divide(segment.queries @ bank.matrix, segment.queries @ bank.norm.unsqueeze(-1))
+    def read(self, bank: Bank, segment: Segment) -> Sums:
+        return Sums(segment.queries @ bank.matrix, dots(segment.queries, bank.norm.unsqueeze(-2)))
 
     def read_weighted(self, prepared: tuple[Tensor, ...], segment: Segment, weights: Tensor) -> Tensor:
         matrices, norms = prepared
         # Every answer is one quotient: divided by before it is weighed, the numerators are never there one by one.
         return super().read_weighted((matrices,), segment, divide(weights, self._denominators(norms, segment)))
 
-    def sums(self, bank: Bank, segment: Segment) -> Tensor:
-        """Return the reading before its division, numerator and denominator side by side [B, H, m, d + 1]."""
-        return segment.queries @ torch.cat([bank.matrix, bank.norm.unsqueeze(-1)], dim=-1)
-
-    def sums_weighted(self, prepared: tuple[Tensor, ...], segment: Segment, weights: Tensor) -> Tensor:
-        """Return `read_weighted` before its division [B, H, m, d + 1]: sums of numerators and of denominators."""
+    def sums_weighted(self, prepared: tuple[Tensor, ...], segment: Segment, weights: Tensor) -> Sums:
+        """Return `read_weighted` before its division, sums of numerators and of denominators."""
         matrices, norms = prepared
         denominator = (weights * self._denominators(norms, segment)).sum(1).unsqueeze(-1)
-        return torch.cat([super().read_weighted((matrices,), segment, weights), denominator], dim=-1)
+        return Sums(super().read_weighted((matrices,), segment, weights), denominator)
 
     def _denominators(self, norms: Tensor, segment: Segment) -> Tensor:
         """Norms [B, H, N, d] to what every query would divide by [B, N, H, m]."""
-        return (segment.queries @ norms.mT).permute(0, 3, 1, 2)
+        return dots(segment.queries, norms).permute(0, 3, 1, 2)
 
-    def divided(self, segments: Segment, norms: Tensor) -> Segment:
-        # The norms are sums of keys alone, known before any value is written: all segments' answers are divided at once.
-        return segments._replace(products=(divide(segments.keys, segments.keys @ norms.unsqueeze(-1)),))
-
-    def novelty(self, bank: Bank, segment: Segment) -> Tensor:
+    def write_matrices(
+        self, matrices: Tensor, segments: Segment, targets: Sequence[int], norms: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if self.rule == "linear":
-            return segment.values
-        return plus_product(segment.values, segment.products[0], bank.matrix, sign=-1)
+            return super().write_matrices(matrices, segments, targets, norms)
+        # The norms are sums of keys alone, known before any value is written: all segments' answers are divided at once.
+        asked = divide(segments.keys, dots(segments.keys, -norms.unsqueeze(-2)))
+        return delta_rule(matrices, segments.keys, asked, segments.values, targets)
 
     def recall_flops(self, lengths: Sequence[int], num_banks: int, head_dim: int) -> float:
         return 2 * sum(lengths) * num_banks * head_dim * (head_dim + 1)
@@ -239,9 +275,9 @@ class Centred(Kernel):
 
     keeps = frozenset({"value_sum", "tokens"})
 
-    def read(self, bank: Bank, segment: Segment) -> Tensor:
+    def read(self, bank: Bank, segment: Segment) -> Sums:
         centred, mean_key = self.prepare(bank)
-        return (segment.queries - mean_key.unsqueeze(-2)) @ centred
+        return Sums((segment.queries - mean_key.unsqueeze(-2)) @ centred, None)
 
     def prepare(self, bank: Bank) -> tuple[Tensor, ...]:
         mean_key = bank.norm / bank.tokens.clamp(min=1).unsqueeze(-1)
@@ -254,10 +290,9 @@ class Centred(Kernel):
         asked = segment.queries.unsqueeze(3) - mean_keys.unsqueeze(2)  # [B, H, m, N, d]
         return weighted_products(asked, weights, centred)
 
-    def write(self, bank: Bank, segment: Segment, novelty: Tensor) -> Bank:
-        written = super().write(bank, segment, novelty)
-        tokens = torch.full_like(bank.tokens, segment.values.shape[2])
-        return written.plus(value_sum=segment.values.sum(dim=2), tokens=tokens)
+    def further_steps(self, segments: Segment) -> dict[str, Tensor]:
+        values = segments.values
+        return {"value_sum": values.sum(dim=3), "tokens": values.new_full((*values.shape[:2], 1), values.shape[3])}
 
 
 class Ridge(Kernel):
@@ -274,11 +309,11 @@ class Ridge(Kernel):
         super().__init__()
         self.penalty = penalty
 
-    def read(self, bank: Bank, segment: Segment) -> Tensor:
+    def read(self, bank: Bank, segment: Segment) -> Sums:
         if not _asks_few(segment.queries.shape[2], bank.norm.shape[-1]):
-            return segment.queries @ self.prepare(bank)[0]
+            return Sums(segment.queries @ self.prepare(bank)[0], None)
         # Symmetric: the queries may stand for the right sides, where they are fewer than the values' dims.
-        return torch.linalg.solve(self._penalised(bank), segment.queries.mT).mT @ bank.matrix
+        return Sums(torch.linalg.solve(self._penalised(bank), segment.queries.mT).mT @ bank.matrix, None)
 
     def prepare(self, bank: Bank) -> tuple[Tensor, ...]:
         return (torch.linalg.solve(self._penalised(bank), bank.matrix),)
@@ -287,9 +322,8 @@ class Ridge(Kernel):
         scale = self.penalty * (1 + bank.gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True))  # [B, H, 1]
         return bank.gram + torch.diag_embed(scale.expand_as(bank.norm))
 
-    def write(self, bank: Bank, segment: Segment, novelty: Tensor) -> Bank:
-        gram = plus_product(bank.gram, segment.keys.mT, segment.keys)
-        return super().write(bank, segment, novelty)._replace(gram=gram)
+    def further_steps(self, segments: Segment) -> dict[str, Tensor]:
+        return {"gram": segments.keys.mT @ segments.keys}
 
     def recall_flops(self, lengths: Sequence[int], num_banks: int, head_dim: int) -> float:
         factors, side = 2 / 3 * head_dim**3, 2 * head_dim**2
@@ -328,21 +362,21 @@ class DeltaToken(Kernel):
         identity = torch.eye(steps.shape[-1], device=steps.device, dtype=steps.dtype).expand_as(steps)
         inverse = torch.linalg.solve_triangular(steps, identity, upper=False, unitriangular=True)
         weighed = inverse * segments.strengths.mT
-        erased, fresh = weighed @ keys, weighed @ segments.values
+        asked, fresh = weighed @ -keys, weighed @ segments.values
         scores = causal_scores(queries, keys)  # [n, B, H, m, L]
-        return super().arrange(segments)._replace(products=(queries, keys, erased, fresh, scores))
+        return super().arrange(segments)._replace(products=(queries, keys, asked, fresh, scores))
 
     def take(self, segment: Segment, index_BK: Tensor) -> Segment:
         queries, *middle, scores = segment.products
         chosen = (take_positions(queries, index_BK), *middle, take_positions(scores, index_BK))
         return super().take(segment, index_BK)._replace(products=chosen)
 
-    def novelty(self, bank: Bank, segment: Segment) -> Tensor:
-        _, _, erased, fresh, _ = segment.products
-        return plus_product(fresh, erased, bank.matrix, sign=-1)
+    def novelty(self, bank: Bank, segments: Segment) -> Tensor:
+        _, _, asked, fresh, _ = segments.products
+        return fresh + asked @ bank.matrix
 
-    def read(self, bank: Bank, segment: Segment) -> Tensor:
-        return segment.products[0] @ bank.matrix
+    def read(self, bank: Bank, segment: Segment) -> Sums:
+        return Sums(segment.products[0] @ bank.matrix, None)
 
     def read_weighted(self, prepared: tuple[Tensor, ...], segment: Segment, weights: Tensor) -> Tensor:
         return weighted_products(segment.products[0].unsqueeze(3), weights, prepared[0])
@@ -350,10 +384,12 @@ class DeltaToken(Kernel):
     def read_open(self, segment: Segment, novelty: Tensor) -> Tensor:
         return segment.products[4] @ novelty
 
-    def write(self, bank: Bank, segment: Segment, novelty: Tensor) -> Bank:
-        # The norm keeps the features' sum: where the keys of this bank lie, for the choice between memories.
-        matrix = plus_product(bank.matrix, segment.products[1].mT, novelty)
-        return bank._replace(matrix=matrix).plus(norm=segment.key_sum)
+    def write_matrices(
+        self, matrices: Tensor, segments: Segment, targets: Sequence[int], norms: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        # The norm keeps the features' sum: where the keys of a bank lie, for the choice between memories.
+        _, keys, asked, fresh, _ = segments.products
+        return delta_rule(matrices, keys, asked, fresh, targets)
 
     def pass_over(self, bank: Bank, segments: Segments) -> tuple[Tensor, Bank]:
         assert self.fused is not None, "segments are passed over together by a fused kernel only"
@@ -369,11 +405,12 @@ class DeltaToken(Kernel):
         self, queries: Tensor, keys: Tensor, values: Tensor, strengths: Tensor, matrix: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return what `fused_delta.pass_over` returns, by this kernel."""
-        (segment,) = self.arrange(side_by_side(queries, Tokens(keys, values, strengths), 1)).one_by_one()
-        unused = matrix.new_zeros(0)
-        bank = Bank(matrix, matrix.new_zeros(matrix.shape[:-1]), unused, unused, unused)
-        novelty = self.novelty(bank, segment)
-        return queries @ matrix + self.read_open(segment, novelty), self.write(bank, segment, novelty).matrix
+        segments = self.arrange(one_segment(queries, Tokens(keys, values, strengths)))
+        unused = matrix.new_zeros(1, 0)
+        banks = Bank(matrix.unsqueeze(0), matrix.new_zeros(1, *matrix.shape[:-1]), unused, unused, unused)
+        written = self.write(banks, segments, [0])
+        answers = queries @ matrix + self.read_open(segments.as_rows(), written.novelty.squeeze(0))
+        return answers, written.last.matrix.squeeze(0)
 
     def segment_flops(self, length: int, head_dim: int) -> float:
         squares = 2 * 3 * head_dim * length**2  # steps, scores, and the scores' sums of novelties
@@ -383,19 +420,6 @@ class DeltaToken(Kernel):
 
 def _asks_few(num_queries: int, head_dim: int) -> bool:
     return num_queries < head_dim
-
-
-def plus_product(base: Tensor, left: Tensor, right: Tensor, *, sign: int = 1) -> Tensor:
-    """Return base + sign * (left @ right), in one call for what is small and done often.
-
-    Args:
-        base: [B, H, M, N].
-        left: [B, H, M, K].
-        right: [B, H, K, N].
-        sign: 1 or -1.
-    """
-    total = torch.baddbmm(base.flatten(0, 1), left.flatten(0, 1), right.flatten(0, 1), alpha=sign)
-    return total.unflatten(0, base.shape[:2])
 
 
 def weighted_products(asked_BHmNd: Tensor, weights_BNHm: Tensor, maps_BHNde: Tensor) -> Tensor:

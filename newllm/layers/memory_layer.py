@@ -19,7 +19,7 @@ from newllm.layers import fused_delta
 from newllm.layers.banks import Banks, Snapshots
 from newllm.layers.base import MLP, Layer
 from newllm.layers.kernels import DeltaToken, make_kernel
-from newllm.layers.memory import divide
+from newllm.layers.memory import Sums
 from newllm.layers.memory_state import MemoryLayerState
 from newllm.layers.segments import (
     Segments,
@@ -28,7 +28,7 @@ from newllm.layers.segments import (
     cut,
     joined,
     linear_attention,
-    side_by_side,
+    one_segment,
     softmax_attention,
 )
 from newllm.linear import Linear
@@ -85,11 +85,11 @@ class Recall(NamedTuple):
     """What the memories say to queries; R: rows, a segment each.
 
     Attributes:
-        values: [R, H, m, d]; with mix=joint numerator and denominator side by side [R, H, m, d + 1].
+        sums: [R, H, m, d]; with mix=joint they have a denominator.
         decisions: what the layer decided per position on the way [R, ..., m]; None if nothing.
     """
 
-    values: Tensor
+    sums: Sums
     decisions: Tensor | None
 
 
@@ -98,14 +98,14 @@ class Attended(NamedTuple):
 
     Attributes:
         values: memory and local attention together [R, H, m, d].
-        recalled: the memory's answers [R, H, m, d].
+        recalled: the memory's part [R, H, m, d].
         gates: weight of the memory, 0 to 1 [R, H or 1, m, 1].
         decisions: as in `Recall`.
         num_segments: how many of each text.
     """
 
     values: Tensor
-    recalled: Tensor
+    recalled: Sums
     gates: Tensor
     decisions: Tensor | None
     num_segments: int
@@ -223,7 +223,7 @@ class MemoryLayer(Layer):
             if tokens.keys.shape[2] == 0:
                 return nothing, rows_state
             banks = self._banks(rows_state, tokens.keys.dtype)
-            banks.pass_over(side_by_side(tokens.keys[:, :, :0], tokens, 1), writes=True)
+            banks.pass_over(one_segment(tokens.keys[:, :, :0], tokens), writes=True)
             return nothing, _state_after(rows_state, banks, tokens.last(0))
 
         return by_groups(close, state.keys[:, 0, :0], state, state.places)[1]
@@ -248,48 +248,45 @@ class MemoryLayer(Layer):
         self, normed: Tensor, state: MemoryLayerState, update_memory: bool
     ) -> tuple[list[Attended], MemoryLayerState]:
         """Attention by segments, and the next state, for rows whose segments and banks stand at the same place."""
-        queries, keys, values = (self._heads(part) for part in self.query_key_value(normed).chunk(3, dim=-1))
-        strengths = keys[..., :0]
+        projected = self.query_key_value(normed).unflatten(-1, (3, self.num_heads, -1))
+        # At least fp32: sums over a long text lose their last terms below that.
+        dtype = torch.promote_types(projected.dtype, torch.float32)
+        strengths = projected[..., 0, :, :0]
         if self.kernel.has_strengths:
-            strengths = torch.sigmoid(self._heads(self.strength(normed)))  # [B, T, H] -> [B, H, T, 1]
-        tokens = state.open_tokens().then(Tokens(keys, values, strengths))
-        # Autocast would round the sums that the fp32 of _heads is there for.
+            strengths = torch.sigmoid(self.strength(normed).to(dtype)).unsqueeze(-1)
+        # Autocast would round the sums again.
         with torch.autocast(normed.device.type, enabled=False):
-            return self._attend_segments(queries, tokens, state, update_memory)
+            return self._attend_segments(projected.to(dtype), strengths.to(dtype), state, update_memory)
 
     def _attend_segments(
-        self, queries: Tensor, tokens: Tokens, state: MemoryLayerState, update_memory: bool
+        self, projected: Tensor, strengths: Tensor, state: MemoryLayerState, update_memory: bool
     ) -> tuple[list[Attended], MemoryLayerState]:
-        """As `_attend`, from the queries of the call and all tokens since the open segment began."""
-        banks, parts = self._banks(state, queries.dtype), []
+        """As `_attend`, from queries, keys and values [B, T, 3, H, d] and strengths [B, T, H, 1]."""
+        banks, parts, tokens = self._banks(state, projected.dtype), [], state.open_tokens()
         closed, length, every = 0, self.options.segment_length, self.options.detach_every
         fuses = update_memory and every is None and self.takes_fused and banks.can_fuse()
         at_once = banks.segments_at_once() if self.reads_side_by_side else 1
-        for segments in cut(queries, tokens, length, at_once=at_once):
+        for segments in cut(projected, strengths, tokens, length, at_once=at_once):
             count, is_whole = len(segments.queries), segments.keys.shape[3] == length
             if fuses and segments.queries.shape[3] == length:
-                recall = Recall(banks.pass_over_fused(segments), None)
-                has_content = recall.values.new_ones(len(recall.values), 1, dtype=torch.bool)
+                answers = banks.pass_over_fused(segments)
+                recall = Recall(Sums(answers, None), None)
+                has_content = answers.new_ones(len(answers), 1, dtype=torch.bool)
             else:
                 detach_after = [i for i in range(count * is_whole) if every and (closed + i + 1) % every == 0]
                 seen = banks.pass_over(segments, writes=update_memory and is_whole, detach_after=detach_after)
                 recall, has_content = self.recall(seen), seen.has_content().any(1, keepdim=True)
-            values, gates = self._mix(recall.values, self._local(segments), has_content[:, :, None, None])
-            recalled = _ratio(recall.values) if self.options.mix == "joint" else recall.values
-            parts.append(Attended(values, recalled, gates, recall.decisions, count))
+            values, gates = self._mix(recall.sums, segments, has_content[:, :, None, None])
+            parts.append(Attended(values, recall.sums, gates, recall.decisions, count))
             closed += count * is_whole
-        return parts, _state_after(state, banks, tokens.last(tokens.keys.shape[2] - closed * length))
+            still_open = segments.first().last(0 if is_whole else segments.keys.shape[3])
+        return parts, _state_after(state, banks, still_open)
 
     def _facts(self, part: Attended) -> dict[str, Tensor]:
         """What `telemetry` tells, by position."""
-        norms = part.recalled.square().sum(dim=(1, 3)).sqrt()
+        norms = part.recalled.answers().square().sum(dim=(1, 3)).sqrt()
         decided = {} if part.decisions is None else self.facts(part.decisions)
         return {"gate_mean": part.gates, "read_norm": norms, **decided}
-
-    def _heads(self, projected: Tensor) -> Tensor:
-        """[B, T, H*d] -> [B, H, T, d], at least fp32: sums over a long text lose their last terms below that."""
-        split = projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        return split.to(torch.promote_types(split.dtype, torch.float32))
 
     def _banks(self, state: MemoryLayerState, dtype: torch.dtype) -> Banks:
         return Banks(
@@ -302,38 +299,25 @@ class MemoryLayer(Layer):
             with_sums=self.options.mix == "joint",
         )
 
-    def _local(self, segments: Segments) -> Tensor:
-        """Attention inside the segments [R, H, m, d], with mix=joint its sums side by side [R, H, m, d + 1]."""
-        if self.options.local == "softmax":
-            return softmax_attention(segments)
+    def _mix(self, recalled: Sums, segments: Segments, has_content: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory of earlier segments and attention inside these, joined, and the memory's weight; `has_content` [R, 1, 1, 1]."""
+        whole = (-1, -1, segments.queries.shape[3], -1)
         if self.options.local == "none":
-            width = segments.values.shape[-1] + (self.options.mix == "joint")
-            return segments.queries.new_zeros(1, 1, 1, width)
-        numerator, denominator = linear_attention(segments)
+            return recalled.answers(), has_content.to(segments.queries.dtype).expand(whole)
+        local = (
+            Sums(softmax_attention(segments), None) if self.options.local == "softmax" else linear_attention(segments)
+        )
         if self.options.mix == "joint":
-            return torch.cat([numerator, denominator], dim=-1)
-        return divide(numerator, denominator)
-
-    def _mix(self, recalled: Tensor, local: Tensor, has_content: Tensor) -> tuple[Tensor, Tensor]:
-        """Memory of earlier segments and attention inside this one, joined, and the memory's weight; `has_content` [R, 1, 1, 1]."""
-        if self.options.mix == "joint":
-            joint = recalled + local
-            return _ratio(joint), divide(recalled[..., -1:], joint[..., -1:])
-        if self.options.local == "none":
-            return recalled, has_content.to(recalled.dtype).expand(-1, -1, recalled.shape[2], -1)
-        gates = torch.sigmoid(self.memory_gate).view(-1, 1, 1).to(recalled.dtype) * has_content
-        return torch.lerp(local, recalled, gates), gates.expand(-1, -1, recalled.shape[2], -1)
+            return recalled.joined(local)
+        gates = torch.sigmoid(self.memory_gate).view(-1, 1, 1).to(segments.queries.dtype) * has_content
+        values = local.numerator * local.shares(1 - gates) + recalled.numerator * recalled.shares(gates)
+        return values, gates.expand(whole)
 
 
 def _where_it_speaks(gates: Tensor) -> Tensor:
     """The weights that are not 0 for want of a memory; a single 0 where all are."""
     spoken = gates[gates > 0]
     return spoken if spoken.numel() else gates.new_zeros(1)
-
-
-def _ratio(sums: Tensor) -> Tensor:
-    """Numerator [..., d] over denominator, the last of d + 1; 0 where there is nothing."""
-    return divide(sums[..., :-1], sums[..., -1:])
 
 
 def _state_after(state: MemoryLayerState, banks: Banks, open_tokens: Tokens) -> MemoryLayerState:

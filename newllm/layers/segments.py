@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from newllm.layers.memory import feature_map
+from newllm.layers.memory import Sums, feature_map
+
+
+def split(tensor: Tensor, sizes: Sequence[int], dim: int) -> Sequence[Tensor]:
+    """Return parts one after another, all there is; a single one as it is, whose gradient torch would copy.
+
+    Not slices: the gradient of a slice fills a tensor as large as the whole.
+    """
+    return [tensor] if len(sizes) == 1 else tensor.split(list(sizes), dim=dim)
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -36,13 +44,6 @@ class Tokens(NamedTuple):
         """Return the last tokens, in the given number."""
         return Tokens(*(tensor[:, :, tensor.shape[2] - length :] for tensor in self))
 
-    def then(self, others: Tokens) -> Tokens:
-        """Return these tokens with others after them, in the others' dtype."""
-        if self.keys.shape[2] == 0:
-            return others
-        pairs = zip(self, others, strict=True)
-        return Tokens(*(torch.cat([own.to(other.dtype), other], dim=2) for own, other in pairs))
-
 
 class Segments(NamedTuple):
     """Equally long segments side by side.
@@ -63,40 +64,69 @@ class Segments(NamedTuple):
     query_features: Tensor
     key_features: Tensor
 
+    def first(self) -> Tokens:
+        """Return the tokens of the first segment."""
+        return Tokens(self.keys[0], self.values[0], self.strengths[0])
 
-def cut(queries_BHTd: Tensor, tokens: Tokens, segment_length: int, *, at_once: int) -> Iterator[Segments]:
+
+def cut(
+    projected_BT3Hd: Tensor, strengths_BTH1: Tensor, open_tokens: Tokens, segment_length: int, *, at_once: int
+) -> Iterator[Segments]:
     """Give the segments of a call: what completes the open one, whole ones side by side, and what stays open.
 
     Args:
-        queries_BHTd: queries of the call, the last T of the tokens.
-        tokens: tokens since the open segment began.
+        projected_BT3Hd: queries, keys and values of the call's tokens.
+        strengths_BTH1: of the same tokens; of size 0 where the kernel has none.
+        open_tokens: of the open segment so far.
         segment_length: tokens of a segment.
         at_once: whole segments that stand side by side, at most.
     """
-    total, num_queries = tokens.keys.shape[2], queries_BHTd.shape[2]
-    counts, past = [], total - num_queries
-    if past > 0 or num_queries == 0:
-        counts.append((1, min(segment_length, total), min(segment_length, total) - past))
-        total -= counts[0][1]
-    for first in range(0, total // segment_length, at_once):
-        counts.append((min(at_once, total // segment_length - first), segment_length, segment_length))
-    if total % segment_length > 0:
-        counts.append((1, total % segment_length, total % segment_length))
-    # split, not slices: the gradient of a slice fills a tensor as long as the text.
-    queries = queries_BHTd.split([n * m for n, _, m in counts], dim=2)
-    parts = [tensor.split([n * length for n, length, _ in counts], dim=2) for tensor in tokens]
-    for (n, _, _), own_queries, *own_tokens in zip(counts, queries, *parts, strict=True):
-        yield side_by_side(own_queries, Tokens(*own_tokens), n)
+    past, rest = open_tokens.keys.shape[2], projected_BT3Hd.shape[1]
+    counts = []
+    if past > 0 or rest == 0:
+        counts.append((1, min(segment_length - past, rest)))
+        rest -= counts[0][1]
+    for first in range(0, rest // segment_length, at_once):
+        counts.append((min(at_once, rest // segment_length - first), segment_length))
+    if rest % segment_length > 0:
+        counts.append((1, rest % segment_length))
+    parts = [split(tensor, [n * length for n, length in counts], dim=1) for tensor in (projected_BT3Hd, strengths_BTH1)]
+    for (n, length), projected, own_strengths in zip(counts, *parts, strict=True):
+        queries, *tokens = _SideBySide.apply(projected, n)
+        tokens.append(own_strengths.unflatten(1, (n, length)).permute(1, 0, 3, 2, 4).contiguous())
+        if past > 0:
+            tokens = [
+                torch.cat([own.unsqueeze(0).to(new.dtype), new], dim=3)
+                for own, new in zip(open_tokens, tokens, strict=True)
+            ]
+            past = 0
+        yield _with_features(queries, *tokens)
 
 
-def side_by_side(queries_BHTd: Tensor, tokens: Tokens, num_segments: int) -> Segments:
-    """Return tokens of whole segments with the segments on an axis of their own."""
-    # Segments first, and contiguous: one of them, and all of them as rows, are then views of it, and so are their gradients.
-    queries, keys, values, strengths = (
-        tensor.unflatten(2, (num_segments, tensor.shape[2] // num_segments)).permute(2, 0, 1, 3, 4).contiguous()
-        for tensor in (queries_BHTd, *tokens)
-    )
+def one_segment(queries_BHmd: Tensor, tokens: Tokens) -> Segments:
+    """Return a single segment, of whose tokens the last m are asked for."""
+    return _with_features(*(tensor.unsqueeze(0) for tensor in (queries_BHmd, *tokens)))
+
+
+def _with_features(queries: Tensor, keys: Tensor, values: Tensor, strengths: Tensor) -> Segments:
     return Segments(queries, keys, values, strengths, feature_map(queries), feature_map(keys))
+
+
+class _SideBySide(torch.autograd.Function):
+    """Queries, keys and values of tokens [B, n * L, 3, H, d] as those of segments [n, B, H, L, d].
+
+    Segments first, and contiguous: one of them, and all of them as rows, are then views. Each way is one pass over the numbers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, num_segments: int) -> tuple[Tensor, ...]:
+        length = projected.shape[1] // num_segments
+        parts = projected.unflatten(1, (num_segments, length)).permute(3, 1, 0, 4, 2, 5)  # [3, n, B, H, L, d]
+        return parts.contiguous().unbind(0)
+
+    @staticmethod
+    def backward(ctx: Any, *by_parts: Tensor) -> tuple[Tensor, None]:
+        return torch.stack([by_part.permute(1, 0, 3, 2, 4) for by_part in by_parts], dim=3).flatten(1, 2), None
 
 
 def causal_scores(queries: Tensor, keys: Tensor) -> Tensor:
@@ -130,10 +160,38 @@ def _visible(queries: Tensor, keys: Tensor) -> Tensor:
     return keys.new_ones(num_queries, num_keys).tril(num_keys - num_queries)
 
 
-def linear_attention(segments: Segments) -> tuple[Tensor, Tensor]:
-    """Return numerator [n * B, H, m, d] and denominator [n * B, H, m, 1] of linear attention up to each query."""
-    scores = causal_scores(segments.query_features, segments.key_features)  # [n, B, H, m, L]
-    return (scores @ segments.values).flatten(0, 1), scores.sum(-1, keepdim=True).flatten(0, 1)
+def linear_attention(segments: Segments) -> Sums:
+    """Return linear attention up to each query [n * B, H, m, d]."""
+    numerator, denominator, _ = _LinearAttention.apply(segments.query_features, segments.key_features, segments.values)
+    return Sums(numerator.flatten(0, 1), denominator.flatten(0, 1))
+
+
+class _LinearAttention(torch.autograd.Function):
+    """With the scores [n, B, H, m, L] as a result of their own: a gradient of a gradient goes through them."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scores = causal_scores(queries, keys)
+        ctx.save_for_backward(queries, keys, values, scores)
+        ctx.set_materialize_grads(False)
+        return scores @ values, scores.sum(-1, keepdim=True), scores
+
+    @staticmethod
+    def backward(
+        ctx: Any, by_numerator: Tensor | None, by_denominator: Tensor | None, by_own_scores: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        queries, keys, values, scores = ctx.saved_tensors
+        by_values = None
+        if by_numerator is None:
+            by_scores = torch.zeros_like(scores)
+        else:
+            by_scores, by_values = by_numerator @ values.mT, scores.mT @ by_numerator
+        if by_denominator is not None:
+            by_scores = by_scores.add_(by_denominator)
+        if by_own_scores is not None:
+            by_scores = by_scores.add_(by_own_scores)
+        by_scores = by_scores.mul_(_visible(queries, keys))
+        return by_scores @ keys, by_scores.mT @ queries, by_values
 
 
 def softmax_attention(segments: Segments) -> Tensor:

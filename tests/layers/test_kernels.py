@@ -10,8 +10,8 @@ from torch.nn.functional import normalize
 from newllm.config.compose import compose
 from newllm.layers.banks import Banks
 from newllm.layers.kernels import Centred, DeltaToken, Elu, Ridge
-from newllm.layers.memory import feature_map
-from newllm.layers.segments import Tokens, causal_scores, cut, side_by_side
+from newllm.layers.memory import Bank, feature_map
+from newllm.layers.segments import Tokens, causal_scores, cut, one_segment
 from newllm.models.create import build_model
 
 PENALTY = 0.1  # of the layers in small_layers
@@ -171,25 +171,20 @@ DIM, TRIALS = 64, 24
 def write_pairs(kernel, keys, values, *, segment_length, strength=1.0):
     """Memory after pairs [R, n, d] were written in segments, and the segments' shape for reading them back."""
     memory = kernel.empty(TRIALS, 1, 1, DIM, device=keys.device, dtype=keys.dtype)
-    (bank,) = memory.banks()
+    banks = Bank(*(torch.stack(sums) for sums in zip(*memory.banks(), strict=True)))
     for key, value in zip(keys.split(segment_length, dim=1), values.split(segment_length, dim=1), strict=True):
-        segments = kernel.arrange(segment_of(key[:, :0], key, value, strength))
-        if kernel.divides_by_norms:
-            segments = kernel.divided(segments, bank.norm.unsqueeze(0))
-        (segment,) = segments.one_by_one()
-        bank = kernel.write(bank, segment, kernel.novelty(bank, segment))
-    return bank
+        banks = kernel.write(banks, kernel.arrange(segment_of(key[:, :0], key, value, strength)), [0]).last
+    return Bank(*(sums.squeeze(0) for sums in banks))
 
 
 def segment_of(queries, keys, values, strength):
     tokens = Tokens(*(tensor.unsqueeze(1) for tensor in (keys, values, torch.full_like(keys[..., :1], strength))))
-    return side_by_side(queries.unsqueeze(1), tokens, 1)
+    return one_segment(queries.unsqueeze(1), tokens)
 
 
 def top1(kernel, bank, queries, candidates):
     """Share of queries i whose answer is closest, in cosine, to candidate i."""
-    (segment,) = kernel.arrange(segment_of(queries, queries, queries, 0.0)).one_by_one()
-    answers = kernel.read(bank, segment)[:, 0]
+    answers = kernel.read(bank, kernel.arrange(segment_of(queries, queries, queries, 0.0)).as_rows()).answers()[:, 0]
     scores = answers @ normalize(candidates, dim=-1).transpose(1, 2)
     return (scores.argmax(-1) == torch.arange(queries.shape[1])).float().mean().item()
 
@@ -233,10 +228,11 @@ def delta_token_in_segments(queries, keys, values, strengths):
     kernel = DeltaToken()
     memory = kernel.empty(1, 1, 1, keys.shape[1], device=keys.device, dtype=keys.dtype)
     banks = Banks(kernel, memory, current=0, segments_written=0, segments_per_bank=1, frozen=(False,))
-    tokens = Tokens(*(tensor[None, None] for tensor in (keys, values, strengths)))
-    answers = []
-    for segments in cut(queries[None, None], tokens, 64, at_once=banks.segments_at_once()):
-        answers.append(banks.pass_over(segments, writes=True).read_only()[:, 0].flatten(0, 1))
+    projected = torch.stack([queries, keys, values], dim=1)[None, :, :, None]
+    open_tokens = Tokens(*(tensor[None, None] for tensor in (keys, values, strengths))).last(0)
+    answers, at_once = [], banks.segments_at_once()
+    for segments in cut(projected, strengths[None, :, None], open_tokens, 64, at_once=at_once):
+        answers.append(banks.pass_over(segments, writes=True).read_only().answers()[:, 0].flatten(0, 1))
     return torch.cat(answers)
 
 

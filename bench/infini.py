@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bench.apart import HOW, apart
 from bench.measure import DEVICE, Found, paired_ratio, require_quiet, table, take_turns
 from bench.peers import import_peer, missing, problem_with, version_of
+from bench.products import products_alone
 from bench.steps import bare_step, num_parameters, parallel_loss, random_ids
 from newllm.models.create import create_model
 
@@ -71,6 +72,8 @@ def alternatives(batch_size: int, length: int, what: str, stack: ExitStack) -> d
     """Return a step of both; `stack` ends the process that was started for the peer's."""
     own, step = own_step(batch_size, length, what)
     found = {f"ours, {num_parameters(own)}": step}
+    if DEVICE == "cpu":  # a device computes other things beside them
+        found["ours, its products alone"] = products_alone(step)
     if problem_with(PEER) is None:
         peer = stack.enter_context(apart(peer_step, batch_size, length, what))
         found[f"{PEER}, {num_parameters(peer_model(what))}"] = peer
@@ -93,7 +96,7 @@ def run(quick: bool) -> Found:
         figures[f"{what}_B{batch_size}_T{length}"] = {row.name: row.figures() for row in rows}
     told = f"Layers {LAYERS}, D {DIM}, heads {HEADS}, segments of {SEGMENT}, fp32, training step; `model`: V {VOCABULARIES['model']}, "
     told += f"`layers`: V {VOCABULARIES['layers']}, so that next to nothing but the layers is measured; `attention`: the layers without "
-    told += "their feed-forward parts."
+    told += "their feed-forward parts. `its products alone`: the matrix products of our step, what is left of it when all else is free."
     if problem_with(PEER) is None:
         told += f" {PEER} {version_of(PEER)}; its feed-forward part is gated, with a third less inner width."
         told += f" It runs {HOW}."

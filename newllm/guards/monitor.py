@@ -30,6 +30,7 @@ DEPLOYMENT_TOLERANCE = 0.02
 # Noise of single batches passes the threshold now and then: every spike is logged, these are worth a warning.
 SPIKES_BY_CHANCE = 0.01  # share of steps
 FAR_SPIKE = 3  # times the threshold
+NAMED = 5  # parameters in a message
 
 
 @dataclass
@@ -42,6 +43,7 @@ class _Counts:
     steps: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     largest_gap: float | None = None
+    without_gradient: list[str] | None = None  # parameters that no step has reached so far; None before the first
 
 
 class Monitor(Callback):
@@ -73,7 +75,7 @@ class Monitor(Callback):
 
     def verdicts(self) -> list[Verdict]:
         """Return what was found so far."""
-        found = [self._finite(), self._spike(), self._leak(), self._gap(), self._deployment()]
+        found = [self._finite(), self._spike(), self._leak(), self._gap(), self._deployment(), self._gradients()]
         return [self._failure if self._failure and self._failure.name == v.name else v for v in found]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,6 +94,7 @@ class Monitor(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
+        self._look_for_gradients(trainer, pl_module, optimizer)
         figures = measure(trainer, optimizer, self._losses)
         if loss_scaler(trainer) is None:
             skip_if_bad(optimizer, figures[2])
@@ -143,6 +146,22 @@ class Monitor(Callback):
             self._counts = _Counts(**saved["counts"])
             self._spikes.restore(saved["losses"])
             self._first_losses = list(saved["first_losses"])
+
+    def _look_for_gradients(self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the names of what is to be trained and has had no gradient in any step."""
+        before = self._counts.without_gradient
+        if before == []:
+            return
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        asked = {
+            name: p for name, p in module.named_parameters() if id(p) in trained and (not before or name in before)
+        }
+        missing = [name for name, parameter in asked.items() if parameter.grad is None]
+        self._counts.without_gradient = missing
+        if before is None and missing:
+            share = sum(asked[name].numel() for name in missing) / sum(p.numel() for p in asked.values())
+            figures = {"parameters": len(missing), "share_of_weights": share, "names": missing}
+            self._report(trainer, trainer.global_step + 1, "no_gradient", figures)
 
     def _settle(self, trainer: Trainer, module: LightningModule, *, keep: int = 0) -> None:
         """Judge the steps whose figures wait, all but the last `keep`."""
@@ -267,6 +286,21 @@ class Monitor(Callback):
             return Verdict("validation_gap", "passed", f"{said}.", figures)
         message = f"guards.validation_gap: {said}. Allowed: guards.max_validation_gap={limit}. Train shorter, or on more text."
         return Verdict("validation_gap", "warning", message, figures)
+
+    def _gradients(self) -> Verdict:
+        missing = self._counts.without_gradient
+        if missing is None:
+            return Verdict("gradients", "not applicable", "No step was made.")
+        if not missing:
+            return Verdict("gradients", "passed", "All that is trained had a gradient.")
+        first, rest = ", ".join(missing[:NAMED]), len(missing) - NAMED
+        what = f"{first} and {rest} more" if rest > 0 else first
+        message = (
+            f"guards.gradients: {what} had no gradient in any step and are as they were. Allowed: gradients for all "
+            "that the optimizer is given. Look for a detach() between them and the loss; switch off what is not to be trained "
+            "with requires_grad_(False)."
+        )
+        return Verdict("gradients", "warning", message, {"names": missing})
 
     def _deployment(self) -> Verdict:
         deployed, trained = (self._counts.metrics.get(name) for name in ("val/loss", "val/loss_lagged"))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ def test_a_clean_run_passes_every_guard(tmp_path: Path, overrides: tuple[str, ..
         "leak": "passed",
         "validation_gap": "passed",
         "deployment_loss": "passed" if has_feedback else "not applicable",
+        "gradients": "passed",
     }
     assert run.verdicts["finite_steps"].figures == {"skipped_steps": 0, "steps": 12}
     assert read_events(run.folder) == []
@@ -220,6 +222,41 @@ class OneLargeStep(Callback):
         if trainer.global_step + 1 == self.step:
             for group in trainer.optimizers[0].param_groups:
                 group["lr"] *= 1000
+
+
+def test_states_cut_from_the_loss_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = SmallRun(tmp_path, SAFE)
+    encode = run.module.model.encode
+
+    def detached(*given: Any, **options: Any) -> Any:
+        output = encode(*given, **options)
+        return dataclasses.replace(output, hidden=output.hidden.detach().requires_grad_())
+
+    run.module.model.encode = detached
+    run.fit()
+
+    body = {name for name, _ in run.module.named_parameters() if ".layers." in name}
+    (event,) = [event for event in read_events(run.folder) if event["event"] == "no_gradient"]
+    assert event["step"] == 1
+    assert body <= set(event["names"])
+    assert 0 < event["share_of_weights"] < 1
+    assert any("no_gradient" in message for message in caplog.messages)
+    verdict = run.verdicts["gradients"]
+    assert verdict.status == "warning"
+    assert verdict.message.startswith("guards.gradients: model.")
+    assert f"and {len(event['names']) - 5} more had no gradient in any step" in verdict.message
+
+
+def test_what_is_trained_from_a_later_step_on_is_not_told(tmp_path: Path) -> None:
+    class LateGradient(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+            if trainer.global_step < 3:
+                next(pl_module.parameters()).grad = None
+
+    run = SmallRun(tmp_path, SAFE).fit(LateGradient())
+
+    assert [event["event"] for event in read_events(run.folder)] == ["no_gradient"]
+    assert run.verdicts["gradients"].status == "passed"
 
 
 def test_a_loss_spike_is_logged_with_gradient_and_state_norms(tmp_path: Path) -> None:

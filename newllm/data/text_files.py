@@ -23,7 +23,8 @@ BLANK = object()  # what a line without anything on it says
 def find_files(path: str, *, key: str = "data.path") -> tuple[list[Path], int]:
     """Return the files that a file name, a folder or a glob pattern means, sorted, and how many others lie there.
 
-    Files of other types in a folder are left out; one that is named, or meant by a pattern, is refused.
+    Hidden files of a folder and those of other types are left out; one of another type that is named, or meant by a pattern, is
+    refused.
 
     Args:
         path: a file; a folder, searched to its bottom for readable names; or a pattern with *, ? or [].
@@ -34,11 +35,12 @@ def find_files(path: str, *, key: str = "data.path") -> tuple[list[Path], int]:
     num_left_out = 0
     if os.path.isdir(path):
         below = sorted(Path(path).rglob("*"))
-        for entry in below:
+        # Hidden ones are an editor's or a system's own, "._book.txt" say.
+        shown = [entry for entry in below if not any(part.startswith(".") for part in entry.relative_to(path).parts)]
+        for entry in shown:
             _check_link(entry, key)
-        inside = [file for file in below if file.is_file()]
-        found = [file for file in inside if text_format(file) is not None]
-        num_left_out = len(inside) - len(found)
+        found = [file for file in shown if file.is_file() and text_format(file) is not None]
+        num_left_out = sum(file.is_file() for file in below) - len(found)
     elif os.path.isfile(path):
         found = [Path(path)]
     else:

@@ -131,6 +131,20 @@ def test_a_folder_gives_its_readable_files_and_counts_the_others(tmp_path: Path)
     assert num_left_out == 2
 
 
+def test_hidden_files_of_a_folder_are_no_text(tmp_path: Path) -> None:
+    for name in ("a.txt", "._a.txt", ".cache/b.txt", "inner/.cache/c.txt", "inner/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("one")
+    (tmp_path / ".elsewhere.txt").symlink_to(tmp_path / "nothing.txt")
+
+    files, num_left_out = find_files(str(tmp_path))
+
+    assert [file.relative_to(tmp_path).as_posix() for file in files] == ["a.txt", "inner/d.txt"]
+    assert num_left_out == 3
+    # A folder that is named may be hidden itself.
+    assert [file.name for file in find_files(str(tmp_path / ".cache"))[0]] == ["b.txt"]
+
+
 def test_ids_do_not_depend_on_where_the_folder_lies(tmp_path: Path) -> None:
     for folder in ("here", "there/deep"):
         (tmp_path / folder / "inner").mkdir(parents=True)

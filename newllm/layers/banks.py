@@ -57,7 +57,8 @@ class Banks:
         self.kernel = kernel
         self.current, self.segments_written = current, segments_written
         self._memory, self._frozen, self._segments_per_bank = memory, frozen, segments_per_bank
-        self._sums = Bank(*(torch.stack(sums) for sums in zip(*memory.banks(), strict=True)))  # [N, B, ...]
+        self._sums = memory.by_bank()  # [N, B, ...]
+        self._is_changed = False
         self._is_empty_BN = memory.is_empty()
         self.with_sums = with_sums
         self._versions = [0] * len(frozen)  # how often each was written, or cut from its gradient
@@ -69,7 +70,7 @@ class Banks:
     @property
     def memory(self) -> LinearMemory:
         """The memory as it is now."""
-        return self._memory.with_banks(_one_by_one(self._sums))
+        return self._memory.with_banks(_one_by_one(self._sums)) if self._is_changed else self._memory
 
     def segments_at_once(self) -> int:
         """Return how many segments to pass over side by side: what they find has room where it is read and written quickly."""
@@ -95,6 +96,7 @@ class Banks:
         if count > 1:
             is_empty = (is_empty & ~self._is_after(first_written, count).unsqueeze(1)).flatten(0, 1)
         if first_written:
+            self._is_changed = True
             self._is_empty_BN = self._is_empty_BN & ~self._is_one_of(first_written)
         found, novelty = self._write(arranged, targets, detach_after) if writes else self._look(arranged, targets[0])
         own = None if novelty is None else Own(self._is_target(targets), novelty)
@@ -121,6 +123,7 @@ class Banks:
         answers, written = self.kernel.pass_over(_one_by_one(self._sums)[0], segments)
         self._sums = Bank(*(tensor.unsqueeze(0) for tensor in written))
         self._versions[0] += 1
+        self._is_changed = True
         self._is_empty_BN = torch.zeros_like(self._is_empty_BN)
         return answers
 

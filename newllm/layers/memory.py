@@ -59,6 +59,10 @@ class LinearMemory(State):
         """Return the banks one by one."""
         return [Bank(*tensors) for tensors in zip(*(tensor.unbind(1) for tensor in self._sums()), strict=True)]
 
+    def by_bank(self) -> Bank:
+        """Return the sums of all banks, banks first [N, B, ...]."""
+        return Bank(*(tensor.transpose(0, 1) for tensor in self._sums()))
+
     def with_banks(self, banks: Sequence[Bank]) -> LinearMemory:
         """Return the memory with all banks replaced."""
         matrix, norm, value_sum, tokens, gram = (torch.stack(tensors, dim=1) for tensors in zip(*banks, strict=True))

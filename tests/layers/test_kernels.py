@@ -171,7 +171,7 @@ DIM, TRIALS = 64, 24
 def write_pairs(kernel, keys, values, *, segment_length, strength=1.0):
     """Memory after pairs [R, n, d] were written in segments, and the segments' shape for reading them back."""
     memory = kernel.empty(TRIALS, 1, 1, DIM, device=keys.device, dtype=keys.dtype)
-    banks = Bank(*(torch.stack(sums) for sums in zip(*memory.banks(), strict=True)))
+    banks = memory.by_bank()
     for key, value in zip(keys.split(segment_length, dim=1), values.split(segment_length, dim=1), strict=True):
         banks = kernel.write(banks, kernel.arrange(segment_of(key[:, :0], key, value, strength)), [0]).last
     return Bank(*(sums.squeeze(0) for sums in banks))

@@ -58,7 +58,6 @@ class Banks:
         self.current, self.segments_written = current, segments_written
         self._memory, self._frozen, self._segments_per_bank = memory, frozen, segments_per_bank
         self._sums = memory.by_bank()  # [N, B, ...]
-        self._is_changed = False
         self._is_empty_BN = memory.is_empty()
         self.with_sums = with_sums
         self._versions = [0] * len(frozen)  # how often each was written, or cut from its gradient
@@ -70,7 +69,7 @@ class Banks:
     @property
     def memory(self) -> LinearMemory:
         """The memory as it is now."""
-        return self._memory.with_banks(_one_by_one(self._sums)) if self._is_changed else self._memory
+        return self._memory.with_banks(self._sums.one_by_one()) if any(self._versions) else self._memory
 
     def segments_at_once(self) -> int:
         """Return how many segments to pass over side by side: what they find has room where it is read and written quickly."""
@@ -96,7 +95,6 @@ class Banks:
         if count > 1:
             is_empty = (is_empty & ~self._is_after(first_written, count).unsqueeze(1)).flatten(0, 1)
         if first_written:
-            self._is_changed = True
             self._is_empty_BN = self._is_empty_BN & ~self._is_one_of(first_written)
         found, novelty = self._write(arranged, targets, detach_after) if writes else self._look(arranged, targets[0])
         own = None if novelty is None else Own(self._is_target(targets), novelty)
@@ -120,16 +118,15 @@ class Banks:
 
     def pass_over_fused(self, segments: Segments) -> Tensor:
         """Read and write whole segments; return what the only bank answered on the way [n * B, H, L, d]."""
-        answers, written = self.kernel.pass_over(_one_by_one(self._sums)[0], segments)
+        answers, written = self.kernel.pass_over(self._sums.one_by_one()[0], segments)
         self._sums = Bank(*(tensor.unsqueeze(0) for tensor in written))
         self._versions[0] += 1
-        self._is_changed = True
         self._is_empty_BN = torch.zeros_like(self._is_empty_BN)
         return answers
 
     def _look(self, segments: Segment, target: int) -> tuple[list[Found], Tensor | None]:
         """What segments find that are not written, and what each would write to its target if reads see that [n * B, H, L, d]."""
-        banks = _one_by_one(self._sums)
+        banks = self._sums.one_by_one()
         novelty = None
         if self.kernel.reads_open_segment:
             novelty = self.kernel.novelty(banks[target], segments).flatten(0, 1)
@@ -162,8 +159,8 @@ class Banks:
         if len(self) == 1:
             return [{(0, before[0], len(targets)): Bank(*(tensor.flatten(0, 1) for tensor in written.found))}]
         # From the last segment back: a bank is as the next segment that goes to it finds it, or as it is left.
-        versions, banks, found = list(self._versions), _one_by_one(written.last), []
-        for target, bank in zip(reversed(targets), reversed(_one_by_one(written.found)), strict=True):
+        versions, banks, found = list(self._versions), written.last.one_by_one(), []
+        for target, bank in zip(reversed(targets), reversed(written.found.one_by_one()), strict=True):
             versions[target] -= 1
             banks[target] = bank
             found.append(_versioned(versions, banks))
@@ -325,11 +322,6 @@ class Snapshots:
         if self._open_answer is None:
             self._open_answer = self.kernel.read_open(segment, own.novelty)
         return self._open_answer
-
-
-def _one_by_one(sums: Bank) -> list[Bank]:
-    """Banks or segments [n, ...] one by one."""
-    return [Bank(*tensors) for tensors in zip(*(tensor.unbind(0) for tensor in sums), strict=True)]
 
 
 def _versioned(counts: Sequence[int], banks: Sequence[Bank]) -> Found:

@@ -399,7 +399,7 @@ class DeltaToken(Kernel):
         q, k, v, strengths = (as_tokens(part.flatten(0, 1), count).transpose(1, 2) for part in parts)
         answers, matrix = fused_delta.pass_over(self.fused, q, k, v, strengths, bank.matrix)
         rows = answers.unflatten(2, (count, -1)).permute(2, 0, 1, 3, 4).flatten(0, 1)
-        return rows, bank._replace(matrix=matrix).plus(norm=segments.key_features.sum(dim=(0, 3)))
+        return rows, bank._replace(matrix=matrix, norm=bank.norm + segments.key_features.sum(dim=(0, 3)))
 
     def as_one_segment(
         self, queries: Tensor, keys: Tensor, values: Tensor, strengths: Tensor, matrix: Tensor

@@ -35,9 +35,9 @@ class Bank(NamedTuple):
     tokens: Tensor
     gram: Tensor
 
-    def plus(self, **changes: Tensor) -> Bank:
-        """Return the bank with something added to the sums that are named."""
-        return self._replace(**{name: getattr(self, name) + change for name, change in changes.items()})
+    def one_by_one(self) -> list[Bank]:
+        """Return what stands side by side on an axis before all others, [n, ...], one by one."""
+        return [Bank(*tensors) for tensors in zip(*(tensor.unbind(0) for tensor in self), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class LinearMemory(State):
 
     def banks(self) -> list[Bank]:
         """Return the banks one by one."""
-        return [Bank(*tensors) for tensors in zip(*(tensor.unbind(1) for tensor in self._sums()), strict=True)]
+        return self.by_bank().one_by_one()
 
     def by_bank(self) -> Bank:
         """Return the sums of all banks, banks first [N, B, ...]."""

@@ -279,7 +279,7 @@ class MemoryLayer(Layer):
             values, gates = self._mix(recall.sums, segments, has_content[:, :, None, None])
             parts.append(Attended(values, recall.sums, gates, recall.decisions, count))
             closed += count * is_whole
-            still_open = segments.first().last(0 if is_whole else segments.keys.shape[3])
+        still_open = segments.first().last(0 if is_whole else segments.keys.shape[3])
         return parts, _state_after(state, banks, still_open)
 
     def _facts(self, part: Attended) -> dict[str, Tensor]:

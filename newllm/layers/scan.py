@@ -116,7 +116,9 @@ class _DeltaRule(torch.autograd.Function):
             by_last, asked, keys, by_written, by_found, ctx.targets, not ctx.is_back
         )
         gradients = by_start, written @ by_left.mT, by_values @ found.mT, by_values, by_left
-        wanted = (found if needed else None for found, needed in zip(gradients, ctx.needs_input_grad, strict=False))
+        wanted = (
+            gradient if needed else None for gradient, needed in zip(gradients, ctx.needs_input_grad, strict=False)
+        )
         return *wanted, None, None
 
 

@@ -102,7 +102,7 @@ def examine(overrides: list[str], root: str, *, pairs: bool = True) -> tuple[Any
     if config is not None and root == "train":
         given = {text: key_of(text) for text in judgement.good}
         if not judgement.unclear:
-            problems += _unused_parameters(config, given) + _unchosen(config, given) + _depth_given_twice(config, given)
+            problems += _unused_parameters(config, given) + _depth_given_twice(config, given)
         problems += check_run(config, given.values()) if pairs else check_model(config)
     return (None if problems else config), list(dict.fromkeys(problems))
 
@@ -210,18 +210,6 @@ def _unused_parameters(config: TrainConfig, given: Mapping[str, str]) -> list[st
                 f"Allowed: with layers of kind {listed(users)}. Choose such a stack or leave the key out."
             )
     return problems
-
-
-def _unchosen(config: TrainConfig, given: Mapping[str, str]) -> list[str]:
-    """Return a sentence for each option that the user set of an evaluation that is not chosen."""
-    names = {text: key.split(".")[1] for text, key in given.items() if key.startswith("evaluation.")}
-    chosen = [*config.evaluation]
-    return [
-        f"{text}: evaluation {name} is not chosen. Allowed: options of {listed(chosen)}. "
-        f"Write 'evaluation=[{','.join([*chosen, name])}]' as well, or leave it out."
-        for text, name in names.items()
-        if name not in chosen
-    ]
 
 
 def _depth_given_twice(config: TrainConfig, given: Mapping[str, str]) -> list[str]:

@@ -171,9 +171,7 @@ def _value(value: Any, hint: Any, key: str, reading: _Reading) -> Any:
         return None
     if get_origin(hint) is dict and get_args(hint)[1] in FOLDERS:
         base = get_args(hint)[1]
-        # An experiment may set options of its own choices; who chooses others does without them.
-        chosen = {name: entry for name, entry in (value or {}).items() if not _is_options_alone(entry, name, base)}
-        return {name: _of_kind(entry, base, f"{key}.{name}", reading) for name, entry in chosen.items()}
+        return {name: _of_kind(entry, base, f"{key}.{name}", reading) for name, entry in (value or {}).items()}
     if hint is LayersConfig:
         return _layers(value, key, reading)
     if hint in FOLDERS:
@@ -187,11 +185,6 @@ def _value(value: Any, hint: Any, key: str, reading: _Reading) -> Any:
         if isinstance(value, str):
             advice = with_closest(advice, value, choices(hint))
         return reading.refuse(key, value, f"{error}. {advice}")
-
-
-def _is_options_alone(entry: Any, name: str, base: type[GroupConfig]) -> bool:
-    """Whether an entry has options of a kind and not the kind itself: it is set and not chosen."""
-    return isinstance(entry, Mapping) and "kind" not in entry and name in kinds_of(base)
 
 
 def _of_kind(tree: Any, base: type[GroupConfig], key: str, reading: _Reading) -> Any:

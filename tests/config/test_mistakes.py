@@ -87,10 +87,6 @@ MISTAKES = [
         r"Allowed with one: trainer=lct, sequential, streaming\.",
     ),
     (["data=delay_copy", "tokenizer=bpe"], r"^tokenizer: data=delay_copy gives token ids, not text\."),
-    (
-        ["experiment=passkey", "evaluation=[perplexity]", "evaluation.recall.num_blocks=3"],
-        r"^evaluation\.recall\.num_blocks=3: evaluation recall is not chosen\. Allowed: options of perplexity\.",
-    ),
     (["evaluation=[lag]"], r"^evaluation\.lag: measures a recurrence, the model has none"),
     (["data.validation_share=0.6", "data.test_share=0.4"], r"^data\.validation_share=0\.6: .*Allowed: a sum below 1\."),
     (

@@ -12,14 +12,6 @@ from newllm.config.typed import RUN_INDEPENDENT, build, config_hash, flat, plain
 MEMORY = ["model=infini", "trainer=lct", "layers.segment_length=32", "layers.window=16"]
 
 
-@pytest.mark.parametrize("chosen", [[], ["perplexity"]])
-def test_an_experiment_is_left_its_own_evaluations_where_others_are_chosen(chosen: list[str]) -> None:
-    config = compose(["experiment=passkey", f"evaluation=[{','.join(chosen)}]"])
-
-    assert [*config.evaluation] == chosen
-    assert config.name == "passkey"
-
-
 def test_a_configuration_survives_its_plain_form() -> None:
     config = compose([*MEMORY, "evaluation=[perplexity,lag]"])
 

@@ -22,6 +22,16 @@ def test_a_configuration_survives_its_plain_form() -> None:
     assert json.dumps(plain(config))
 
 
+def test_an_evaluation_without_a_kind_is_refused() -> None:
+    tree = plain(compose([]))
+    tree["evaluation"]["perplexity"].pop("kind")
+
+    config, problems = build(tree, TrainConfig)
+
+    assert config is None
+    assert [problem.key for problem in problems] == ["evaluation.perplexity.kind"]
+
+
 def test_layers_are_flat_in_plain_form_and_hold_used_parameters_only() -> None:
     with_memory, without = plain(compose(MEMORY))["layers"], plain(compose([]))["layers"]
 

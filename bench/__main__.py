@@ -32,6 +32,7 @@ BENCHES = {
     "session": "A session over a million tokens",
     "cvfp_phase1": "CVFP phase 1 against exact passes and steps for every token",
     "lct_speed": "Lagged Cache Training against exact training",
+    "newton": "Newton steps beside sweeps and exact training",
     "scaling": "How cost grows",
     "tokenising": "Tokenising beside the tokenizers library",
     "streaming_memory": "Memory of a streamed corpus",

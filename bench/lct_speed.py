@@ -7,10 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from bench.measure import DEVICE, Found, Row, paired_ratio, require_quiet, table, take_turns, timed
-from bench.steps import bare_step, lagged_loss, parallel_loss, random_ids
-from newllm.losses.next_token import NextTokenConfig, NextTokenLoss
+from bench.steps import bare_step, exact_loss, lagged_loss, parallel_loss, random_ids
 from newllm.models.create import create_model
-from newllm.recurrence import unroll
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,18 +35,13 @@ LONG_SECONDS = 3
 
 def steps(batch_size: int, length: int) -> dict[str, Callable[[], object]]:
     """Return one optimizer step of each procedure, on random ids: speed does not depend on them."""
-    loss = NextTokenLoss(NextTokenConfig(kind="next_token"))
     inputs, labels = random_ids(batch_size, length, VOCABULARY)
     recurrent = create_model("infini", vocab_size=VOCABULARY, seed=0, feedback="additive").to(DEVICE)
     plain = create_model("infini", vocab_size=VOCABULARY, seed=0, feedback="none").to(DEVICE)
     found = {"plain": bare_step(plain, parallel_loss(plain, inputs, labels))}
     for sweeps in (1, 2, 4):
         found[f"lct K={sweeps}"] = bare_step(recurrent, lagged_loss(recurrent, inputs, labels, sweeps=sweeps))
-
-    def exact() -> Any:
-        return loss(recurrent, unroll(recurrent, inputs, recurrent.initial_state(batch_size))[0], labels)
-
-    return {**found, "sequential": bare_step(recurrent, exact)}
+    return {**found, "sequential": bare_step(recurrent, exact_loss(recurrent, inputs, labels))}
 
 
 def measured(batch_size: int, length: int, rounds: int) -> list[Row]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from bench.measure import DEVICE
 from newllm.losses.next_token import NextTokenConfig, NextTokenLoss
 from newllm.models.base import LanguageModel
-from newllm.recurrence import solve
-from newllm.trainers.lag import sweep_map
+from newllm.recurrence import Solver, unroll
+from newllm.trainers.lag import trained_states
 from newllm.trainers.lagged_cache import LaggedCache
 
 CLIP = 1.0  # as conf/trainer has it
@@ -39,8 +39,16 @@ def parallel_loss(model: LanguageModel, inputs: Tensor, labels: Tensor) -> Calla
     return lambda: loss(model, model.encode(inputs, model.initial_state(len(inputs))).hidden, labels)
 
 
-def lagged_loss(model: LanguageModel, inputs: Tensor, labels: Tensor, *, sweeps: int) -> Callable[[], Tensor]:
-    """Return the loss of K differentiated sweeps from cached states, fetched before and put back after them, as trainer=lct does."""
+def exact_loss(model: LanguageModel, inputs: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    """Return the loss of the exact recurrence, position by position, as trainer=sequential computes it."""
+    loss = NextTokenLoss(NextTokenConfig(kind="next_token"))
+    return lambda: loss(model, unroll(model, inputs, model.initial_state(len(inputs)))[0], labels)
+
+
+def lagged_loss(
+    model: LanguageModel, inputs: Tensor, labels: Tensor, *, sweeps: int, solver: Solver = "sweeps"
+) -> Callable[[], Tensor]:
+    """Return the loss of K sweeps or Newton steps from cached states, fetched before and put back after them, as trainer=lct does."""
     loss = NextTokenLoss(NextTokenConfig(kind="next_token"))
     batch_size, length = inputs.shape
     cache = LaggedCache(CACHED_BATCHES * batch_size, length, model.dim, dtype="bf16")
@@ -49,7 +57,7 @@ def lagged_loss(model: LanguageModel, inputs: Tensor, labels: Tensor, *, sweeps:
     def call() -> Tensor:
         sample_ids = next(batches)
         start = cache.gather(sample_ids, device=inputs.device, dtype=torch.float32)
-        states = solve(sweep_map(model, inputs), start, sweeps=sweeps, differentiate=sweeps).states
+        states = trained_states(model, inputs, start, sweeps=sweeps, solver=solver)
         cache.scatter(sample_ids, states)
         return loss(model, states, labels)
 

@@ -82,9 +82,11 @@ def closing_lines(config: TrainConfig, folder: Path, results: dict[str, Any]) ->
     if "lag/relative_error" in last:
         # Measured every so many steps: the weights of the end may need more sweeps, or fewer.
         step = next(line["step"] for line in reversed(lines) if "lag/relative_error" in line)
+        newton = last.get("lag/newton_to_tolerance")
         told.append(
             f"lag of the cached states at step {step}: {last['lag/relative_error']:.3f} of their size; "
-            f"{last['lag/sweeps_to_tolerance']:.0f} sweeps make them exact to 1e-4"
+            f"{last['lag/sweeps_to_tolerance']:.0f} sweeps{'' if newton is None else f' or {newton:.0f} Newton steps'} "
+            "make them exact to 1e-4"
         )
     warnings = [verdict["message"] for verdict in facts.get("guards", []) if verdict["status"] == "warning"]
     told += [f"warning: {message}" for message in warnings]

@@ -32,7 +32,7 @@ def describe_cost(config: TrainConfig) -> str:
     rows = [
         ("parameters", f"{parameters['total']:,} ({parameters['trainable']:,} trained)"),
         ("forward FLOPs per token", f"{flops:,.0f} at {length} tokens"),
-        ("training FLOPs", _training_flops(config, model)),
+        ("training FLOPs", _training_flops(config, data, model)),
         ("state per text", f"{model.state_bytes(length):,} bytes after {length} tokens"),
         ("lagged cache", _told(cache, config) if cache else "none"),
         *([("contexts", _told(contexts, config))] if contexts else []),
@@ -193,8 +193,18 @@ def _steps(config: TrainConfig, data: TextDataModule) -> list[tuple[str, str]]:
     if positions is None:
         return [("steps", f"{steps:,} at most, of as many positions as fit")]
     blocks = config.data.batch_size * config.trainer.accumulate_batches
-    each = f"{blocks} blocks of {length} tokens" if positions == blocks * length else f"{positions:,} positions"
+    if positions == blocks * length:
+        blocks = _blocks_of_step(config, data)
+        positions, each = blocks * length, f"{blocks} blocks of {length} tokens"
+    else:
+        each = f"{positions:,} positions"
     return [("steps", f"{steps:,} of {each}"), ("visits per sample", _visits(data, steps * positions / max(total, 1)))]
+
+
+def _blocks_of_step(config: TrainConfig, data: TextDataModule) -> int:
+    """Blocks of one optimizer step; one never goes over the end of an epoch."""
+    blocks = config.data.batch_size * config.trainer.accumulate_batches
+    return blocks if data.prepared.stream is not None else min(blocks, data.num_train_samples)
 
 
 def _visits(data: TextDataModule, visits: float) -> str:
@@ -203,18 +213,24 @@ def _visits(data: TextDataModule, visits: float) -> str:
     return f"{visits:.2f} ({data.num_train_samples:,} training blocks)"
 
 
-def _training_flops(config: TrainConfig, model: LanguageModel) -> str:
+def _training_flops(config: TrainConfig, data: TextDataModule, model: LanguageModel) -> str:
     per_token = training_module_class(config.trainer.kind).training_flops_per_token(model, config)
     if per_token is None:
         return "not known before"
-    tokens = config.data.batch_size * config.trainer.accumulate_batches * config.data.block_length
+    tokens = _blocks_of_step(config, data) * config.data.block_length
     return f"{per_token * tokens * config.trainer.max_steps:.3g} ({per_token:,.0f} per token, forward and backward)"
 
 
 def _sweeps(config: TrainConfig) -> int:
-    """Differentiated sweeps of a step; 1 where there is no such thing, or it is decided while training."""
+    """Differentiated sweeps of a step, 1 where there is no such thing, or it is decided while training; a Newton step and a sweep are 2."""
+    if _makes_newton_steps(config):
+        return 2
     sweeps = getattr(config.trainer, "sweeps", 1)
     return 1 if sweeps == "auto" else sweeps
+
+
+def _makes_newton_steps(config: TrainConfig) -> bool:
+    return getattr(config.trainer, "solver", "sweeps") == "newton"
 
 
 def _cache_bytes(config: TrainConfig, data: TextDataModule, model: LanguageModel) -> int:
@@ -226,9 +242,15 @@ def _cache_bytes(config: TrainConfig, data: TextDataModule, model: LanguageModel
 
 
 def _memory_bytes(config: TrainConfig, parameters: dict[str, int], vocab_size: int) -> float:
-    """Weights, gradients and moments, and the activations of one batch: logits twice, about 20 hidden sizes a layer."""
+    """Weights, gradients and moments, and the activations of one batch: logits twice, about 20 hidden sizes a layer.
+
+    With Newton steps also the derivatives of each state by the one before, weakened and turned.
+    """
     size = config.model
     tokens = config.data.batch_size * config.data.block_length
     dim, layers = getattr(size, "dim", config.size.dim), len(config.layers.stack)
     activations = tokens * (2 * vocab_size + 20 * dim * layers * _sweeps(config))
+    if _makes_newton_steps(config):
+        carried = getattr(size, "context_width", getattr(size, "context_dim", dim))
+        activations += tokens * 3 * carried**2
     return _copies(parameters, config) + (8 if config.runtime.precision == "64-true" else 4) * activations

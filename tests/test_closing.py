@@ -88,6 +88,13 @@ def test_lag_is_told_with_the_step_at_which_it_was_measured(tmp_path: Path) -> N
     assert line in found.splitlines()
 
 
+def test_newton_steps_that_settle_are_told_beside_the_sweeps(tmp_path: Path) -> None:
+    lag = {"lag/relative_error": 0.25, "lag/sweeps_to_tolerance": 7.0, "lag/newton_to_tolerance": 2.0}
+    told(tmp_path, {"val/loss": 2.0, "val/perplexity": 7.39, **lag}, {})
+
+    assert "7 sweeps or 2 Newton steps make them exact to 1e-4" in closing_lines(compose([]), tmp_path, {})
+
+
 def test_the_next_command_can_be_pasted_whatever_the_folder_is_called(tmp_path: Path) -> None:
     folder = tmp_path / "a \u00f6, (x)'s"
     folder.mkdir()

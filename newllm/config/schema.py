@@ -34,6 +34,10 @@ class ModelConfig(GroupConfig):
         """Whether the model's last hidden state enters the next position: what recurrent trainers need."""
         return getattr(self, "feedback", "none") != "none"
 
+    def is_pointwise(self, layers: "LayersConfig") -> bool:
+        """Whether what enters the next position depends on the state of the position before and the tokens, on no earlier state."""
+        return False
+
     @property
     def needs_trainer(self) -> str | None:
         """The only kind of trainer that trains all of the model; None where any fitting one does."""
@@ -45,6 +49,11 @@ class LayerConfig(GroupConfig):
     """Parameters of one kind of layer; `kind` names newllm/layers/<kind>.py."""
 
     kind: str
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a position reads anything of those before it."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)

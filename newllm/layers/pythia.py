@@ -30,6 +30,11 @@ class PythiaConfig(LayerConfig):
     rotary_base: Annotated[float, Range(above=1)]
     window: Annotated[int, Range(minimum=1)] | None
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether a position attends to others than itself."""
+        return self.window != 1
+
 
 @dataclass(frozen=True)
 class PythiaState(State):

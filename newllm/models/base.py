@@ -50,6 +50,11 @@ class LanguageModel(nn.Module, ABC):
     max_positions: int | None = None  # tokens of the longest text; None takes any
     tied_parameters: tuple[tuple[str, ...], ...] = ()
 
+    @property
+    def carried_dim(self) -> int:
+        """Width of what the next position reads of the last hidden state: so many of its leading dims."""
+        return self.dim
+
     @abstractmethod
     def initial_state(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -154,9 +159,9 @@ class LanguageModel(nn.Module, ABC):
         return ModelOutput(None, hidden, next_state)
 
     def _checked_state(self, input_ids: Tensor, state: Any) -> Any:
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        if input_ids.dim() != 2 or input_ids.numel() == 0:
             raise ValueError(
-                f"input_ids: has shape {list(input_ids.shape)}. Allowed: [B, T] with T at least 1. Add the missing axis."
+                f"input_ids: has shape {list(input_ids.shape)}. Allowed: [B, T], both at least 1. Add what is missing."
             )
         if state is None:
             return self.initial_state(input_ids.shape[0])

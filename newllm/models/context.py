@@ -53,6 +53,10 @@ class ContextConfig(ModelConfig):
         """Whether the last state enters the next position: the context always does."""
         return True
 
+    def is_pointwise(self, layers: Any) -> bool:
+        """Whether contexts are made of the context before and tokens alone: always."""
+        return True
+
 
 class ContextLM(LanguageModel):
     """c^1 .. c^L = ContextBlock(c^L of the position before, tokens); scores = head(TokenBlock(tokens, contexts)).
@@ -83,6 +87,10 @@ class ContextLM(LanguageModel):
         if config.init == "original":
             initialise(self.context_block, weight_std=0.1, bias_std=0.01)
             initialise(self.token_block, weight_std=0.1, bias_std=0.01)
+
+    @property
+    def carried_dim(self) -> int:
+        return self.context_dim
 
     def initial_state(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -54,6 +54,10 @@ class ContextPythiaConfig(ModelConfig):
         """Whether the last state enters the next position: the context always does."""
         return True
 
+    def is_pointwise(self, layers: Any) -> bool:
+        """Whether contexts are made of the context before and tokens alone: always."""
+        return True
+
     @property
     def context_width(self) -> int:
         """C."""
@@ -115,6 +119,10 @@ class ContextPythia(LanguageModel):
         self.final_norm = nn.LayerNorm(self.layer_dim)
         self.head = Linear(self.layer_dim, vocab_size, bias=False)
         initialise(self)
+
+    @property
+    def carried_dim(self) -> int:
+        return self.context_dim
 
     def initial_state(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -49,6 +49,10 @@ def create_model(
     Raises:
         ValueError: an unknown name, key or value; the message lists what is allowed.
     """
+    if type(vocab_size) is not int or vocab_size < 1:
+        raise ValueError(
+            f"vocab_size={vocab_size}: is no number of tokens. Allowed: integers of at least 1. Give the tokenizer's vocab_size."
+        )
     config = compose_model(name, size=size, keys=keys)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:

@@ -46,6 +46,10 @@ class NewLlmConfig(ModelConfig):
         """Whether the last state enters the next position: the context always does."""
         return True
 
+    def is_pointwise(self, layers: Any) -> bool:
+        """Whether contexts are made of the context before and tokens alone: always."""
+        return True
+
     def check(self, config: Any) -> list[str]:
         """Return what is wrong between these values."""
         if self.update != "dual" or self.context_dim % 2 == 0:
@@ -81,6 +85,10 @@ class NewLlm(LanguageModel):
         self.update = ContextUpdate(config.context_dim, config.hidden_dim, config.update)
         self.head = Linear(config.hidden_dim, vocab_size)
         initialise(self)
+
+    @property
+    def carried_dim(self) -> int:
+        return self.context_dim
 
     def initial_state(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -39,6 +39,10 @@ class TransformerConfig(ModelConfig):
     feedback: Literal["none", "additive", "gated"]
     pretrained: str | None
 
+    def is_pointwise(self, layers: Any) -> bool:
+        """Whether earlier states come to a position through the fed-back one alone: where no layer looks back."""
+        return self.has_feedback and not any(kind.looks_back for kind in layers.kinds.values())
+
     def check(self, config: Any) -> list[str]:
         """Return what is wrong between these values."""
         return not_dividing("model.num_heads", self.num_heads, "model.dim", self.dim)

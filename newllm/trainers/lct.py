@@ -12,11 +12,19 @@ from torch import Tensor, nn
 
 from newllm import ranks
 from newllm.config.fields import Range, Sweeps
+from newllm.config.problems import listed
 from newllm.config.schema import TrainConfig, TrainerConfig
 from newllm.models.base import LanguageModel
 from newllm.recurrence import solve
 from newllm.trainers.base import Batch, TrainingModule
-from newllm.trainers.lag import gradient_cosine, lag_statistics, sweep_map
+from newllm.trainers.lag import (
+    carried_map,
+    gradient_cosine,
+    lag_statistics,
+    newton_to_tolerance,
+    sweep_map,
+    trained_states,
+)
 from newllm.trainers.lagged_cache import LaggedCache
 from newllm.trainers.sharded_cache import ShardedCache
 
@@ -24,6 +32,10 @@ log = logging.getLogger(__name__)
 
 AUTO_REFERENCE_SWEEPS = 8
 AUTO_COSINE = 0.95
+# Sweeps, or Newton steps, whose gradient a step's is compared with: the first reach 32 positions back, the second settle within 8.
+REFERENCE = {"sweeps": 32, "newton": 8}
+UNITS = {"sweeps": "sweeps", "newton": "Newton steps"}
+TOLERANCE = 1e-4  # relative change at which states are called settled
 # The exact states of a probe are made position by position: a few rows tell as much as a batch.
 PROBE_ROWS = 8
 
@@ -33,7 +45,10 @@ class LctConfig(TrainerConfig):
     """Lagged Cache Training.
 
     Attributes:
-        sweeps: K, differentiated sweeps per step; "auto" raises K until its gradient agrees with that of 8 sweeps.
+        solver: what a step makes from the cached states: sweeps, or Newton steps, each of which tells a change to all positions
+            after it, and whose gradient reaches over the whole block. They take a model whose positions see earlier states through
+            the fed-back one alone, and as many ways back as that state has dims.
+        sweeps: K, differentiated sweeps per step, or Newton steps; "auto" raises K until its gradient agrees with that of 8.
         init_sweeps: sweeps without gradient, from zeros, at a sample's first visit.
         cache: where states are kept between visits; "none" starts every batch from zeros.
         cache_dtype: how states are stored.
@@ -43,15 +58,29 @@ class LctConfig(TrainerConfig):
     shares_batches: ClassVar[bool] = True
     needs_feedback: ClassVar[bool] = True
 
+    solver: Literal["newton", "sweeps"]
     sweeps: Sweeps | Literal["auto"]
     init_sweeps: Sweeps
     cache: Literal["ram", "disk", "none"]
     cache_dtype: Literal["bf16", "fp16", "fp32"]
     cache_checkpoint_limit: Annotated[int, Range(minimum=0)]
 
+    def check(self, config: Any) -> list[str]:
+        """Return a sentence for every value that the model or the machine cannot be trained with."""
+        if self.solver == "sweeps" or not config.model.has_feedback:
+            return []
+        if config.model.is_pointwise(config.layers):
+            return []
+        looking = [name for name, kind in config.layers.kinds.items() if kind.looks_back]
+        return [
+            "trainer.solver=newton: needs positions that are linked by the fed-back state alone, layers of kind "
+            f"{listed(looking)} look back at others. Allowed with it: model=context, context_pythia, new_llm, and layers of kind "
+            "pythia with layers.window=1. Choose one of these, or trainer.solver=sweeps."
+        ]
+
 
 class LctModule(TrainingModule):
-    """One step: gather the cached states, K differentiated sweeps, loss, backward, scatter the new states.
+    """One step: gather the cached states, K differentiated sweeps or Newton steps, loss, backward, scatter the new states.
 
     Args:
         model: a feedback model.
@@ -96,9 +125,12 @@ class LctModule(TrainingModule):
 
     @classmethod
     def training_flops_per_token(cls, model: LanguageModel, config: TrainConfig) -> float | None:
-        """K sweeps with gradient and one scoring; without a cache also the sweeps that every batch starts with."""
+        """K sweeps with gradient and one scoring; without a cache also the sweeps that every batch starts with.
+
+        Nothing is stated of Newton steps: how much of the model they go back through depends on it.
+        """
         options: LctConfig = config.trainer  # type: ignore[assignment]  # the schema of trainer=lct
-        if options.sweeps == "auto":
+        if options.sweeps == "auto" or options.solver == "newton":
             return None
         head = model.head_flops_per_token()
         sweep = model.flops_per_token(config.data.block_length) - head
@@ -106,9 +138,8 @@ class LctModule(TrainingModule):
         return (3 * options.sweeps + first) * sweep + 3 * head
 
     def states(self, batch: Batch) -> Tensor:
-        self.step_state = start = self.lagged_states(batch)
-        step = sweep_map(self.model, batch["input_ids"])
-        states = solve(step, start, sweeps=self.sweeps, differentiate=self.sweeps).states
+        self.step_state = lagged = self.lagged_states(batch)
+        states = trained_states(self.model, batch["input_ids"], lagged, sweeps=self.sweeps, solver=self.options.solver)
         if self.cache is not None:
             self.cache.scatter(batch["sample_id"], states)
         return states
@@ -143,23 +174,29 @@ class LctModule(TrainingModule):
         """Return also the lag of the cached states before they are used, and what it does to the gradient.
 
         `lag/relative_error` and its mean over each quarter of the positions, `lag/sweeps_to_tolerance` (1e-4), `lag/contraction`,
-        `lag/gradient_cosine` between the K sweeps in use and 32; on at most 8 samples of the batch, the cosine on 2.
+        `lag/gradient_cosine` between the K sweeps in use and 32; on at most 8 samples of the batch, the cosine on 2. With Newton
+        steps the cosine is to 8 of them, and `lag/newton_to_tolerance` tells how many settle, where no more than 8 do.
         """
         few = {name: tensor[:PROBE_ROWS] for name, tensor in batch.items()}
         lagged = self.lagged_states(few)
-        lag = lag_statistics(self.model, few["input_ids"], lagged)
+        lag = lag_statistics(self.model, few["input_ids"], lagged, tolerance=TOLERANCE)
         two = {name: tensor[:2] for name, tensor in few.items()}
         measured = super().probe(batch) | {
             "lag/relative_error": lag["relative_error"],
             "lag/relative_error_max": lag["relative_error_max"],
             "lag/sweeps_to_tolerance": float(lag["sweeps_to_tolerance"]),
-            "lag/gradient_cosine": self._cosine(two, lagged[:2], self.sweeps, reference=32),
+            "lag/gradient_cosine": self._cosine(two, lagged[:2], self.sweeps, reference=REFERENCE[self.options.solver]),
             "lag/sweeps": float(self.sweeps),
         }
         for quarter, errors in enumerate(lag["relative_error_by_position"].chunk(4), start=1):
             measured[f"lag/relative_error_quarter_{quarter}"] = errors.mean().item()
         if lag["contraction"] is not None:
             measured["lag/contraction"] = lag["contraction"]
+        if self.options.solver == "newton":
+            step, carried = carried_map(self.model, few["input_ids"]), lagged[..., : self.model.carried_dim]
+            steps = newton_to_tolerance(step, carried, most=REFERENCE["newton"], tolerance=TOLERANCE)
+            if steps is not None:
+                measured["lag/newton_to_tolerance"] = float(steps)
         return measured
 
     def on_validation_epoch_end(self) -> None:
@@ -170,19 +207,21 @@ class LctModule(TrainingModule):
                 self._raise_sweeps(self._auto_batch)
 
     def _raise_sweeps(self, probe: Batch) -> None:
-        """Raise K until the gradient's cosine to that of 8 sweeps is high enough, and say which K it is."""
+        """Raise K until the gradient's cosine to that of K = 8 is high enough, and say which K it is."""
         lagged = self.lagged_states(probe)
         while self.sweeps < AUTO_REFERENCE_SWEEPS:
             cosine = self._cosine(probe, lagged, self.sweeps, reference=AUTO_REFERENCE_SWEEPS)
             cosine = sum(ranks.said_by_all(cosine)) / ranks.world_size()  # all ranks make the same sweeps
             if cosine >= AUTO_COSINE:
                 log.info(
-                    "sweeps=auto: cosine to %d sweeps is %.3f, K stays %d", AUTO_REFERENCE_SWEEPS, cosine, self.sweeps
+                    "sweeps=auto: cosine to %d %s is %.3f, K stays %d",
+                    *(AUTO_REFERENCE_SWEEPS, UNITS[self.options.solver], cosine, self.sweeps),
                 )
                 return
             self.sweeps += 1
             log.info(
-                "sweeps=auto: cosine to %d sweeps was %.3f, K is now %d", AUTO_REFERENCE_SWEEPS, cosine, self.sweeps
+                "sweeps=auto: cosine to %d %s was %.3f, K is now %d",
+                *(AUTO_REFERENCE_SWEEPS, UNITS[self.options.solver], cosine, self.sweeps),
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -209,5 +248,12 @@ class LctModule(TrainingModule):
 
     def _cosine(self, batch: Batch, lagged: Tensor, sweeps: int, *, reference: int) -> float:
         return gradient_cosine(
-            self.model, self.loss, batch["input_ids"], batch["labels"], lagged, sweeps=sweeps, reference=reference
+            self.model,
+            self.loss,
+            batch["input_ids"],
+            batch["labels"],
+            lagged,
+            sweeps=sweeps,
+            reference=reference,
+            solver=self.options.solver,
         )

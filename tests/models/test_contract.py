@@ -186,3 +186,41 @@ def test_calls_that_cannot_be_meant_are_refused(model: LanguageModel):
     if not model.has_feedback:
         with pytest.raises(ValueError, match="previous_hidden: was given to a model without feedback"):
             model(tokens(2, 3), previous_hidden=torch.zeros(2, 3, 4))
+
+
+def recurrences() -> list[tuple[str, dict[str, Any]]]:
+    """Every model that feeds its state back, as it is and with layers that see nothing but their own position."""
+    found: list[tuple[str, dict[str, Any]]] = [(name, {"feedback": kind} if kind else {}) for name, kind in variants()]
+    found += [(name, {**keys, "window": 1}) for name, keys in found if keys and has_window(name)]
+    return [(name, keys) for name, keys in found if compose_model(name, size="nano", keys=keys).model.has_feedback]
+
+
+def has_window(name: str) -> bool:
+    kinds = compose_model(name, size="nano", keys={}).layers.kinds.values()
+    return any(field.name == "window" for kind in kinds for field in dataclasses.fields(kind))
+
+
+@pytest.mark.parametrize(("name", "keys"), recurrences(), ids=str)
+def test_a_model_says_whether_earlier_states_come_through_the_fed_back_one_alone(name: str, keys: dict[str, Any]):
+    composed = compose_model(name, size="nano", keys=keys)
+    model = create_model(name, vocab_size=VOCABULARY, seed=1, **keys).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    input_ids, position = tokens(1, 3 * SEGMENT), 2 * SEGMENT
+    previous = torch.randn(1, 3 * SEGMENT, model.dim, dtype=torch.float64, requires_grad=True)
+
+    state = model.encode(input_ids, model.initial_state(1), previous_hidden=previous).hidden
+    (by_previous,) = torch.autograd.grad(state[:, position, : model.carried_dim].sum(), previous)
+
+    read = [t for t in range(3 * SEGMENT) if by_previous[:, t].abs().max() > 0]
+    assert max(read) == position
+    assert (read == [position]) == composed.model.is_pointwise(composed.layers)
+    assert by_previous[..., model.carried_dim :].abs().sum() == 0
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, "x", True])
+def test_a_vocabulary_that_is_no_number_of_tokens_is_refused(number: Any):
+    with pytest.raises(
+        ValueError, match=rf"vocab_size={number}: is no number of tokens\. Allowed: integers of at least 1"
+    ):
+        create_model("pythia", vocab_size=number)

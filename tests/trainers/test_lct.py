@@ -5,9 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from newllm.config.compose import compose
+from newllm.config.problems import ConfigError
 from newllm.config.typed import real_config
 from newllm.evaluation.scoring import hidden_states
 from newllm.models.create import build_model
+from newllm.recurrence import unroll
 from newllm.trainers.build import build_training_module
 from newllm.trainers.lag import gradient_cosine, lag_statistics, sweep_map
 from newllm.trainers.lct import LctModule
@@ -16,11 +18,12 @@ VOCABULARY, LENGTH, SAMPLES = 19, 6, 10
 
 
 def module(folder: Path, *overrides: str, filled: bool = True) -> LctModule:
+    segments = () if "model=pythia" in overrides else ("layers.segment_length=3",)
     config = real_config(
         compose(
             [
                 *("model=infini", "trainer=lct", "trainer.cache_dtype=fp32", f"data.block_length={LENGTH}"),
-                *("size.dim=16", "size.num_layers=2", "size.num_heads=2", "size.mlp_dim=32", "layers.segment_length=3"),
+                *("size.dim=16", "size.num_layers=2", "size.num_heads=2", "size.mlp_dim=32", *segments),
                 *overrides,
             ]
         )
@@ -168,3 +171,50 @@ def test_the_probe_reports_under_the_documented_names(tmp_path: Path):
 
     assert {"lag/relative_error", "lag/sweeps_to_tolerance", "lag/gradient_cosine", "memory/gate_mean"} <= set(measured)
     assert measured["memory/gate_mean"] == pytest.approx(0.5)
+
+
+NEWTON = ("model=pythia", "layers.window=1", "trainer.solver=newton")
+
+
+def test_newton_steps_learn_what_exact_training_learns_once_a_sample_has_settled(tmp_path: Path):
+    lct, visited = module(tmp_path, *NEWTON), batch(1, 2)
+    lct.double()
+    lct.cache = None  # which keeps no fp64
+    exact, _ = unroll(lct.model, visited["input_ids"], lct.model.initial_state(2))
+    lct.loss(lct.model, exact, visited["labels"]).backward()
+    wanted = {name: parameter.grad.clone() for name, parameter in lct.model.named_parameters()}
+    lct.zero_grad()
+    lct.sweeps = LENGTH + 1
+
+    lct.loss(lct.model, lct.states(visited), visited["labels"]).backward()
+
+    for name, parameter in lct.model.named_parameters():
+        assert (parameter.grad - wanted[name]).abs().max() < 1e-9, name
+
+
+def test_newton_steps_go_on_from_the_states_of_the_last_visit(tmp_path: Path):
+    lct, visited = module(tmp_path, *NEWTON), batch(3, 5)
+    with torch.no_grad():
+        first, second = (lct.states(visited) for _ in range(2))
+    exact = hidden_states(lct.model, visited["input_ids"])
+
+    assert (first - exact).norm() > 1e-2
+    assert (second - exact).norm() < 0.1 * (first - exact).norm()
+    assert torch.equal(lct.lagged_states(visited), second)
+
+
+def test_the_probe_tells_how_many_newton_steps_settle(tmp_path: Path):
+    measured = module(tmp_path, *NEWTON).probe(batch(1, 2))
+
+    assert 1 < measured["lag/newton_to_tolerance"] <= measured["lag/sweeps_to_tolerance"]
+    assert measured["lag/gradient_cosine"] > 0.5
+    assert "lag/newton_to_tolerance" not in module(tmp_path).probe(batch(1, 2))
+
+
+def test_newton_steps_on_layers_that_look_back_are_refused():
+    with pytest.raises(ConfigError, match=r"layers of kind infini, pythia look back") as refused:
+        compose(["model=infini", "trainer=lct", "trainer.solver=newton"])
+
+    assert len(refused.value.problems) == 1
+    assert compose([*NEWTON, "trainer=lct"]).trainer.solver == "newton"
+    assert compose(["model=context", "trainer=lct", "trainer.solver=newton"]).trainer.solver == "newton"

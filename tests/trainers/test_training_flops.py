@@ -49,8 +49,9 @@ def test_a_step_makes_the_products_that_are_stated(overrides: list[str], tmp_pat
     assert stated == pytest.approx(counted, rel=0.03)
 
 
-def test_sweeps_chosen_while_training_state_nothing(tmp_path: Path) -> None:
-    config = real_config(compose([*LCT, "trainer.sweeps=auto"]))
+@pytest.mark.parametrize("given", [["trainer.sweeps=auto"], ["trainer.solver=newton", "layers.window=1"]])
+def test_what_depends_on_the_training_or_the_map_states_nothing(given: list[str], tmp_path: Path) -> None:
+    config = real_config(compose([*LCT, *given]))
     model = build_model(config, VOCABULARY)
     module = build_training_module(model, config, torch.ones(VOCABULARY), num_samples=8, folder=tmp_path)
 

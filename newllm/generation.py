@@ -71,7 +71,7 @@ class Generation:
     state: Any
 
 
-@torch.inference_mode()
+@torch.no_grad()  # of tensors of inference mode the state could not go on into training
 def generate(
     model: Stepwise,
     input_ids: Tensor,

@@ -109,7 +109,7 @@ def _pays(left: Tensor, right: Tensor, *, turned: bool = False) -> bool:
     if torch.compiler.is_compiling() or left.device.type != "cpu":
         return False
     num_rows, width = right.shape
-    if left.numel() // width * num_rows < LEAST_RESULTS:
+    if width == 0 or left.numel() // width * num_rows < LEAST_RESULTS:
         return False
     if left.numel() * num_rows < least_multiplications(turned=turned):
         return False

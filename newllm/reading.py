@@ -61,10 +61,11 @@ class BoundedReader:
     Args:
         model: the model that reads.
         context_tokens: tokens that ordinary attention reaches at most (C).
+        chunk_tokens: most tokens of one pass.
     """
 
-    def __init__(self, model: LanguageModel, context_tokens: int) -> None:
-        self.model, self.kept = model, context_tokens // 2
+    def __init__(self, model: LanguageModel, context_tokens: int, *, chunk_tokens: int | None = None) -> None:
+        self.model, self.kept, self.chunk_tokens = model, context_tokens // 2, chunk_tokens
         self._grows = any(isinstance(layer, PythiaLayer) and layer.window is None for layer in model.modules())
 
     def exact(self, input_ids: Tensor, state: Any) -> ModelOutput:
@@ -76,7 +77,7 @@ class BoundedReader:
         """
         start, output = 0, None
         while start < input_ids.shape[1]:
-            stop = self._next_stop(start, input_ids.shape[1], state.positions[0])
+            stop = self._next_stop(start, input_ids.shape[1], state)
             output = self.model.exact(input_ids[:, start:stop], state)
             state = self._forget(output.state)
             start = stop
@@ -87,8 +88,10 @@ class BoundedReader:
         """Return scores of the next token [..., V] for states [..., D]."""
         return self.model.logits(hidden)
 
-    def _next_stop(self, start: int, end: int, position: int) -> int:
-        return min(end, start + self.kept - position % self.kept) if self._grows else end
+    def _next_stop(self, start: int, end: int, state: Any) -> int:
+        if self.chunk_tokens is not None:
+            end = min(end, start + self.chunk_tokens)
+        return min(end, start + self.kept - state.positions[0] % self.kept) if self._grows else end
 
     def _forget(self, state: Any) -> Any:
         if not self._grows or state.positions[0] % self.kept:

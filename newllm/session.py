@@ -56,9 +56,14 @@ class MemorySession:
                 f"tokenizer: has {tokenizer.vocab_size} ids, the model {model.vocab_size}. Allowed: at most the model's. "
                 "Use the tokenizer.json of the model's run."
             )
-        self.model, self.tokenizer, self.chunk_tokens = model, tokenizer, chunk_tokens
+        self.model, self.tokenizer = model, tokenizer
         self.state: Any = model.initial_state(1)
-        self._reader = BoundedReader(model, context_tokens)
+        if not hasattr(self.state, "positions"):
+            raise ValueError(
+                f"model: {type(self.state).__name__} does not count what it has read. Allowed: states with `positions`, a tuple of the "
+                "tokens of each text. Add them to the model's state."
+            )
+        self._reader = BoundedReader(model, context_tokens, chunk_tokens=chunk_tokens)
 
     @property
     def tokens_read(self) -> int:
@@ -86,9 +91,8 @@ class MemorySession:
             ValueError: an id that the model does not have.
         """
         self._check_ids(token_ids)
-        for start in range(0, len(token_ids), self.chunk_tokens):
-            chunk = self._tensor(token_ids[start : start + self.chunk_tokens])
-            self.state = self._reader.exact(chunk, self.state).state
+        if len(token_ids):
+            self.state = self._reader.exact(self._tensor(token_ids), self.state).state
 
     def generate(
         self,
@@ -205,8 +209,8 @@ class MemorySession:
     def merge(self, others: Sequence[MemorySession | str | Path]) -> None:
         """Add what others have read, as if this session had read it too; if it is refused, nothing is changed.
 
-        Their open segments are written first. Exact in layers whose keys and values come from the tokens alone (the bottom layer
-        of a stack without feedback): higher ones were written by readers that did not know the other texts.
+        Their open segments are written first, into frozen banks too. Exact in layers whose keys and values come from the tokens
+        alone (the bottom layer of a stack without feedback): higher ones were written by readers that did not know the other texts.
 
         Args:
             others: sessions of the same model, or files that they saved.
@@ -221,7 +225,9 @@ class MemorySession:
         def add(name: str, part: MemoryLayerState) -> MemoryLayerState:
             theirs = [parts_of(state, MemoryLayerState)[name] for state in states]
             layer = memory_layer(self.model, name)
-            closed = [part.memory] if part.memory.rule == "delta" else [layer.close_segment(it).memory for it in theirs]
+            if part.memory.rule == "linear":
+                theirs = [layer.close_segment(it.freeze(None, is_frozen=False)) for it in theirs]
+            closed = [it.memory for it in theirs]
             return dataclasses.replace(part, memory=merge([part.memory, *closed]))
 
         self.state = map_parts(self.state, MemoryLayerState, add)

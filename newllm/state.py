@@ -45,8 +45,17 @@ class State:
         return self._map(move)
 
     def reset(self, mask_B: Tensor | Sequence[bool], *, keep_frozen: bool = True) -> Self:
-        """Return the state with the rows where `mask_B` is True emptied; layers with frozen memory keep that unless told otherwise."""
+        """Return the state with the rows where `mask_B` is True emptied; layers with frozen memory keep that unless told otherwise.
+
+        Raises:
+            ValueError: more or fewer rows than the state has.
+        """
         rows = [bool(row) for row in (mask_B.tolist() if isinstance(mask_B, Tensor) else mask_B)]
+        if len(rows) != self.num_rows:
+            raise ValueError(
+                f"reset: was told of {len(rows)} rows, the state holds {self.num_rows}. Allowed: equal numbers. "
+                "Give True or False for each."
+            )
         if not any(rows):
             return self
         return self._reset(rows, keep_frozen)

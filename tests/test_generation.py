@@ -157,3 +157,12 @@ def test_repetition_by_hand():
 
     assert found == {"repeated_4grams": 0.25, "distinct_1": 3 / 7, "distinct_2": 3 / 6}
     assert repetition([]) == {"repeated_4grams": 0.0, "distinct_1": 0.0, "distinct_2": 0.0}
+
+
+def test_the_state_after_generation_goes_on_into_training():
+    found = model("infini pythia", feedback="additive")
+    written = generate(found, PROMPTS, max_new_tokens=3)
+
+    found(written.token_ids[:, -1:], written.state).logits.sum().backward()
+
+    assert found.head.weight.grad is not None

@@ -8,8 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_sessions import KERNELS, closed_sums, memories, model, same_bits, session, tokenizer
 
+from newllm.config.library import options
 from newllm.generation import GREEDY, SamplingOptions, generate
 from newllm.memory_file import without_caches
+from newllm.models.create import create_model
 from newllm.reading import PIECE_CHARACTERS, text_pieces
 from newllm.session import MemorySession
 from newllm.state import tensors_of
@@ -423,3 +425,48 @@ def test_any_cutting_gives_one_state(cuts, chunk_tokens):
 
     for name, tensor in tensors_of(whole.state).items():
         torch.testing.assert_close(tensors_of(cut.state)[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name", sorted(set(options("model")) - {"trm"}))
+def test_any_model_reads_and_goes_on(name):
+    reader = MemorySession(create_model(name, vocab_size=257, seed=0).eval(), tokenizer(), chunk_tokens=5)
+    reader.read("In the beginning")
+
+    assert reader.tokens_read == len("In the beginning")
+    assert isinstance(reader.generate("God", max_new_tokens=2, options=GREEDY), str)
+    assert reader.tokens_read == len("In the beginning")
+
+
+def test_a_state_that_does_not_count_is_refused(monkeypatch):
+    counted = model()
+    monkeypatch.setattr(counted, "initial_state", lambda rows: object())
+
+    with pytest.raises(
+        ValueError, match=r"model: object does not count what it has read\. Allowed: states with `positions`"
+    ):
+        MemorySession(counted, tokenizer())
+
+
+def test_what_a_frozen_session_had_open_is_merged_too():
+    open_one, frozen_one = session("infini"), session("infini")
+    for reader in (open_one, frozen_one):
+        reader.read("abc")
+    frozen_one.freeze()
+    merged, expected = session("infini"), session("infini")
+
+    merged.merge([frozen_one])
+    expected.merge([open_one])
+
+    assert closed_sums(merged)[0].abs().sum() > 0
+    assert same_bits(merged.state, expected.state)
+
+
+def test_a_prompt_is_read_in_chunks_too(monkeypatch):
+    reader, lengths = session(chunk_tokens=3), []
+    exact = reader.model.exact
+    monkeypatch.setattr(reader.model, "exact", lambda ids, state: lengths.append(ids.shape[1]) or exact(ids, state))
+
+    reader.generate("In the beginning", max_new_tokens=1)
+
+    assert max(lengths) == 3
+    assert sum(lengths) == len("In the beginning")

@@ -138,3 +138,9 @@ def test_saving_where_no_file_can_be_names_the_path_that_was_given(tmp_path):
     below = tmp_path / "file" / "state.safetensors"
     with pytest.raises(ValueError, match=rf"^{below}: cannot be written \(a folder on the way is a file\)\."):
         example().save(below)
+
+
+@pytest.mark.parametrize("mask", [[True], [False, False], [True] * 4])
+def test_a_mask_of_other_rows_is_refused(mask: list[bool]):
+    with pytest.raises(ValueError, match=rf"reset: was told of {len(mask)} rows, the state holds 3\."):
+        example().reset(mask)

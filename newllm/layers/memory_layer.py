@@ -222,8 +222,10 @@ class MemoryLayer(Layer):
             tokens = rows_state.open_tokens()
             if tokens.keys.shape[2] == 0:
                 return nothing, rows_state
-            banks = self._banks(rows_state, tokens.keys.dtype)
-            banks.pass_over(one_segment(tokens.keys[:, :, :0], tokens), writes=True)
+            dtype = torch.promote_types(tokens.keys.dtype, torch.float32)
+            written = Tokens(*(tensor.to(dtype) for tensor in tokens))
+            banks = self._banks(rows_state, dtype)
+            banks.pass_over(one_segment(written.keys[:, :, :0], written), writes=True)
             return nothing, _state_after(rows_state, banks, tokens.last(0))
 
         return by_groups(close, state.keys[:, 0, :0], state, state.places)[1]

@@ -45,7 +45,9 @@ def rotate(tensor_BHTd: Tensor, *, offset: int, rotary_dim: int, base: float) ->
     needed = offset + length
     # Powers of two: stepping token by token then asks for few different factors.
     most = 1 << max(needed - 1, 127).bit_length()
-    factors = _factors(most, head_dim, rotary_dim, base, tensor_BHTd.device, tensor_BHTd.dtype)
+    # What a tracer makes stands for numbers, has none, and must not be kept.
+    make = _factors if type(tensor_BHTd) is Tensor else _factors.__wrapped__
+    factors = make(most, head_dim, rotary_dim, base, tensor_BHTd.device, tensor_BHTd.dtype)
     return _Rotate.apply(tensor_BHTd, *(factor[offset:needed] for factor in factors), rotary_dim // 2, 1)
 
 

@@ -46,7 +46,7 @@ def off_diagonal_covariance(contexts_NC: Tensor) -> Tensor:
     Source: variance and covariance terms of VICReg (Bardes et al., 2022), with their own weights.
     """
     # One context alone has no covariance; 0/0 would spoil the step of all the others.
-    covariance = contexts_NC.T.cov(correction=min(1, len(contexts_NC) - 1))
+    covariance = torch.atleast_2d(contexts_NC.T.cov(correction=min(1, len(contexts_NC) - 1)))
     hinge = torch.relu(1 - (covariance.diagonal() + 1e-4).sqrt()).mean()
     return hinge + 0.04 * _off_diagonal_squares(covariance) / contexts_NC.shape[1]
 

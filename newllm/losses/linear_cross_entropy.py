@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from newllm.linear import linear, multiply, outer
@@ -90,7 +89,9 @@ def _to_nats_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     is_target = (targets != NO_TARGET).unsqueeze(1)
-    index = targets.clamp_min(0).unsqueeze(1)
+    index = targets.unsqueeze(1).where(
+        is_target, 0
+    )  # any other number that is no token is found out by what looks it up
     largest, own = logits.amax(dim=1, keepdim=True).to(wide), logits.gather(1, index).to(wide)
     in_place = logits.dtype == wide and logits.device.type == "cpu"
     shares = torch.softmax(logits, dim=1, out=logits) if in_place else logits.softmax(dim=1, dtype=wide)
@@ -152,8 +153,14 @@ class _MeanNats(torch.autograd.Function):
         return total / num_targets
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if (
+            torch.is_grad_enabled()
+        ):  # the gradients were made with the loss: nothing is left that theirs could be made of
+            raise RuntimeError(
+                "loss: gradients of its gradients were asked for (create_graph=True). Allowed: first gradients. "
+                "Take torch.nn.functional.cross_entropy of model.logits(hidden), which has them of any order."
+            )
         *gradients, num_targets = ctx.saved_tensors
         scale = by_loss if ctx.is_mean else by_loss / num_targets
         # A gradient as large as the embedding is not copied for nothing. Asked in the host's memory only, where nothing waits for it.

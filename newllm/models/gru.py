@@ -42,9 +42,10 @@ class GruConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class GruState(State):
-    """Hidden units of every layer after the last token [B, L, R]."""
+    """Hidden units of every layer after the last token [B, L, R], and tokens read per row."""
 
     units: Tensor
+    positions: tuple[int, ...]
 
 
 class Gru(LanguageModel):
@@ -72,7 +73,7 @@ class Gru(LanguageModel):
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> GruState:
         like = self.embedding.weight.new_empty(0, device=device, dtype=dtype)
-        return GruState(like.new_zeros(batch_size, self.config.num_layers, self.config.units))
+        return GruState(like.new_zeros(batch_size, self.config.num_layers, self.config.units), (0,) * batch_size)
 
     def encode(
         self,
@@ -87,7 +88,8 @@ class Gru(LanguageModel):
         start = state.units.transpose(0, 1).contiguous()  # [B, L, R] -> [L, B, R]
         recurrent, last = self.gru(tokens, start)
         hidden = self.norm(tokens + self.output(recurrent))
-        return ModelOutput(None, hidden, GruState(last.transpose(0, 1)))
+        positions = tuple(position + input_ids.shape[1] for position in state.positions)
+        return ModelOutput(None, hidden, GruState(last.transpose(0, 1), positions))
 
     def logits(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.embedding.weight)

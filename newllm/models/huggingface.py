@@ -142,6 +142,14 @@ def _pythia_layers(model: TransformerLM, *, key: str = "to_huggingface") -> list
             f"{key}: the stack holds {', '.join(others)}, GPT-NeoX has no such layer. Allowed: Pythia layers only. "
             "Choose layers=pythia."
         )
+    for name in ("num_heads", "rotary_dim", "rotary_base", "window"):
+        values = {getattr(layer, name) for layer in layers}
+        if len(values) > 1:
+            told = ", ".join(sorted(map(str, values)))
+            raise ValueError(
+                f"{key}: {name} differs from layer to layer ({told}), GPT-NeoX has one for all. Allowed: layers alike. "
+                "Build the stack with one value."
+            )
     return layers
 
 

@@ -42,9 +42,10 @@ class TokenWindowConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class TokenWindowState(State):
-    """Normed embeddings that the next position still reads [B, k - 1, D]; zeros before a text begins."""
+    """Normed embeddings that the next position still reads [B, k - 1, D], zeros before a text begins; and tokens read per row."""
 
     window: Tensor
+    positions: tuple[int, ...]
 
 
 class TokenWindow(LanguageModel):
@@ -74,7 +75,8 @@ class TokenWindow(LanguageModel):
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> TokenWindowState:
         like = self.embedding.weight.new_empty(0, device=device, dtype=dtype)
-        return TokenWindowState(like.new_zeros(batch_size, self.config.num_input_tokens - 1, self.dim))
+        window = like.new_zeros(batch_size, self.config.num_input_tokens - 1, self.dim)
+        return TokenWindowState(window, (0,) * batch_size)
 
     def encode(
         self,
@@ -88,7 +90,8 @@ class TokenWindow(LanguageModel):
         hidden, window = token_window(self.embedding_norm(self.embedding(input_ids)), state.window)
         for layer in self.layers:
             hidden = layer(hidden, context=None)
-        return ModelOutput(None, hidden, TokenWindowState(window))
+        positions = tuple(position + input_ids.shape[1] for position in state.positions)
+        return ModelOutput(None, hidden, TokenWindowState(window, positions))
 
     def logits(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.embedding.weight)

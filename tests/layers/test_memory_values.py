@@ -200,3 +200,15 @@ def test_model_telemetry_measures_what_is_deployed_and_leaves_the_model_training
 def test_options_that_do_not_go_together_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         compose(["model=pythia", *overrides])
+
+
+@pytest.mark.parametrize("name", [*LINEAR, "infini-delta-token"])
+def test_a_segment_of_a_half_precision_state_is_closed_in_fp32(name):
+    layer = build(name)
+    state = read(layer, texts(1, SEGMENT + 2))
+
+    closed = layer.close_segment(state.to(torch.bfloat16))
+
+    expected = layer.close_segment(state)
+    assert closed.memory.matrix.dtype == torch.float32
+    torch.testing.assert_close(closed.memory.matrix, expected.memory.matrix, atol=0.05, rtol=0.05)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from newllm.layers.rotary import rotate
+from newllm.models.create import create_model
 
 
 def test_scores_depend_on_distances_only():
@@ -51,3 +52,27 @@ def test_gradients_of_first_and_second_order():
 
     assert torch.autograd.gradcheck(strided, heads)
     assert torch.autograd.gradgradcheck(strided, heads)
+
+
+def test_an_exported_model_leaves_nothing_behind_for_the_next_call():
+    model, ids = (
+        create_model("pythia", vocab_size=32, seed=0, dim=16, num_layers=1, num_heads=2, rotary_base=54321.0),
+        torch.zeros(1, 5, dtype=torch.int64),
+    )
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids):
+            return self.model(input_ids).logits
+
+    with torch.no_grad():
+        exported = torch.export.export(Logits(), (ids,)).module()(ids)
+
+    logits = model(ids).logits
+
+    assert type(logits) is torch.Tensor
+    torch.testing.assert_close(exported, logits.detach(), atol=1e-5, rtol=0)
+    logits.sum().backward()

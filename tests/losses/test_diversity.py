@@ -134,3 +134,11 @@ def test_half_precision_contexts_are_measured_in_single(name):
     assert value.dtype == torch.float32
     assert value == DIVERSITY[name](contexts.float())
     assert loss.weight == 0.9
+
+
+@pytest.mark.parametrize("name", sorted(DIVERSITY))
+@pytest.mark.parametrize("num_contexts", [1, 7])
+def test_contexts_of_one_dim_have_a_loss(name, num_contexts):
+    contexts = torch.randn(num_contexts, 1, dtype=torch.float64)
+
+    assert DIVERSITY[name](contexts).shape == ()

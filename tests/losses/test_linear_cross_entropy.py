@@ -151,3 +151,21 @@ class _LargestResult(torch.utils._python_dispatch.TorchDispatchMode):
             rows = result.shape[:-1].numel()
             self.rows = max(self.rows, 0 if rows == self.not_rows else rows)
         return result
+
+
+def test_gradients_of_its_gradients_are_refused_and_not_made_up() -> None:
+    features, weight, bias, targets = made()
+    loss = mean_nats(features, weight, bias, targets, rows=3)
+
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*Allowed: first gradients"):
+        torch.autograd.grad(2 * loss, weight, create_graph=True)
+    assert torch.autograd.grad(loss, weight)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [-1, VOCABULARY])
+def test_a_target_that_is_no_token_is_refused(wrong: int) -> None:
+    features, weight, bias, targets = made()
+    targets[1] = wrong
+
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        mean_nats(features, weight, bias, targets, rows=3)

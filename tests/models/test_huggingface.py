@@ -167,3 +167,12 @@ def test_memory_layers_have_no_published_weights(tmp_path):
 def test_a_path_that_is_no_folder_is_refused_by_its_key(source: str) -> None:
     with pytest.raises(ValueError, match=rf"^model\.pretrained={re.escape(source)}: is no folder.*Correct the path\.$"):
         load_pretrained(ours(), source)
+
+
+@pytest.mark.parametrize(("heads", "windows"), [((3, 4), (None, None)), ((3, 3), (None, 2))])
+def test_layers_that_differ_are_refused(heads: tuple[int, int], windows: tuple[int | None, int | None]):
+    configs = [PythiaConfig(kind="pythia", rotary_share=0.5, rotary_base=10000.0, window=window) for window in windows]
+    layers = [PythiaLayer(24, number, 40, config) for number, config in zip(heads, configs, strict=True)]
+
+    with pytest.raises(ValueError, match=r"differs from layer to layer \(.*\), GPT-NeoX has one for all"):
+        to_huggingface(TransformerLM(37, 24, layers))

@@ -110,16 +110,22 @@ def read_checkpoint(path: Path, *, advice: str) -> dict[str, Any]:
         ) from error
 
 
-def resumed_checkpoint(folder: Path) -> Path:
+def resumed_checkpoint(folder: Path, *, stop_at_step: int | None = None) -> Path:
     """Return the path of the checkpoint that a run goes on from, found whole.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: there is none, it is damaged, or the run is to stop at a step that it has made.
     """
     path = checkpoint_path(folder, "last")
     best = path.with_name("best.ckpt")
     kept = f" What it had learned is still in {best}." if best.is_file() else ""
-    read_checkpoint(path, advice=f"No run goes on from another one: start the run again without resume.{kept}")
+    advice = f"No run goes on from another one: start the run again without resume.{kept}"
+    made = read_checkpoint(path, advice=advice)["global_step"]
+    if stop_at_step is not None and stop_at_step <= made:
+        raise ValueError(
+            f"stop_at_step={stop_at_step}: the run has made {made} steps already. Allowed: more than {made}, or null. "
+            "Raise it or leave it out."
+        )
     return path
 
 

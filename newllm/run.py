@@ -210,7 +210,8 @@ def _quieten() -> None:
 
 def _prepare(config: TrainConfig, folder: Path) -> Prepared:
     """Build everything, or say what cannot be; nothing is written but the cache of tokenised texts."""
-    checkpoint = None if config.resume is None or _is_in_first_run(folder) else resumed_checkpoint(folder)
+    is_new = config.resume is None or _is_in_first_run(folder)
+    checkpoint = None if is_new else resumed_checkpoint(folder, stop_at_step=config.stop_at_step)
     read_metrics(folder)  # a damaged line is told before anything is built: training goes on after the last one
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     saved = folder / "tokenizer.json"
@@ -311,13 +312,18 @@ def _train_and_record(prepared: Prepared, record: RunRecord, started: float) -> 
     )
     record.update(**prepared.module.facts())
     if reason is not None:
+        whole = folder.parent if folder.name == FIRST_PHASE else folder
         print(
-            f"stopped by {reason}; saved {session.checkpoints.last_path}. Continue with: {shlex.quote(f'resume={folder}')}"
+            f"stopped by {reason}; saved {session.checkpoints.last_path}. Continue with: {shlex.quote(f'resume={whole}')}"
         )
         if session.stop.exit_code:
             raise SystemExit(session.stop.exit_code)
         return last.get("val/loss")
-    results = run_suite(load_run(folder, "best"), config.evaluation)
+    results = {}
+    if (folder / "checkpoints" / "best.ckpt").is_file():
+        results = run_suite(load_run(folder, "best"), config.evaluation)
+    else:
+        print("nothing is evaluated: val/loss was never finite, so that no weights are the best")
     print(closing_lines(config, folder, results))
     return last.get("val/loss")
 

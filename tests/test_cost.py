@@ -110,3 +110,16 @@ def test_cost_of_a_gpu_run_counts_the_lagged_cache_in_ram(monkeypatch: pytest.Mo
 def test_a_model_whose_weights_cannot_be_numbered_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^model: one of its weights has more bytes than can be numbered\."):
         check_memory(real_config(compose(["model=pythia", "model.dim=1000000000000"])), 100)
+
+
+def test_a_step_never_reads_more_than_an_epoch() -> None:
+    def told_steps(*overrides: str) -> dict[str, str]:
+        lines = describe_cost(real_config(compose([*PROBE, "data.validation_share=0.25", *overrides]))).splitlines()
+        return {line.split("  ")[0]: line.split("  ")[-1].strip() for line in lines}
+
+    once, many = told_steps("trainer.accumulate_batches=2"), told_steps("trainer.accumulate_batches=1000")
+    (blocks,) = re.findall(r"of (\d+) blocks", many["steps"])
+
+    assert "of 8 blocks of 8 tokens" in once["steps"]
+    assert int(blocks) < 40  # data.num_samples
+    assert many["visits per sample"].startswith("2.00 ")

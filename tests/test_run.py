@@ -205,3 +205,27 @@ def test_every_experiment_runs(experiment: str, tmp_path: Path):
     run_training(compose(given), tmp_path / "run", given)
 
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+
+
+def test_a_run_without_best_weights_ends_in_words(tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = tmp_path / "run"
+
+    train(folder, "guards=off", "optimizer.lr=1e12", "trainer.gradient_clip_norm=null")
+
+    assert not (folder / "checkpoints" / "best.ckpt").exists()
+    assert (folder / "DONE").exists()
+    assert "nothing is evaluated: val/loss was never finite" in capsys.readouterr().out
+
+
+def test_a_step_that_is_made_already_is_no_place_to_stop(tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = tmp_path / "run"
+    train(folder, "stop_at_step=4")
+
+    for step in (3, 4):
+        with pytest.raises(SystemExit) as refused:
+            train(folder, f"resume={folder}", f"stop_at_step={step}")
+        assert refused.value.code == 2
+        assert f"stop_at_step={step}: the run has made 4 steps already. Allowed: more than 4" in capsys.readouterr().err
+    train(folder, f"resume={folder}", "stop_at_step=5")
+
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5

@@ -56,16 +56,14 @@ def _model_with_trainer(config: TrainConfig) -> list[str]:
             f"Allowed with it: {model.needs_trainer}. Choose trainer={model.needs_trainer}."
         ]
     if trainer.only_model not in (None, model.kind):
-        others = _trainers(
-            lambda schema: schema.only_model in (None, model.kind) and (can_switch or _suits(schema, model))
-        )
+        others = _trainers_of(model, can_switch=can_switch)
         return [
             f"trainer={trainer.kind}: is for model={trainer.only_model}, not for a model of kind {model.kind}. Allowed with this model: "
             f"trainer={listed(others)}. Choose one of these, or model={trainer.only_model}."
         ]
     if _suits(trainer, model):
         return []
-    others = _trainers(lambda schema: schema.only_model in (None, model.kind) and _suits(schema, model))
+    others = _trainers_of(model, can_switch=False)
     if not model.has_feedback:
         advice = "Leave model.feedback to the trainer, or choose" if can_switch else "Choose"
         return [
@@ -81,6 +79,18 @@ def _model_with_trainer(config: TrainConfig) -> list[str]:
 def _suits(trainer: TrainerConfig | type[TrainerConfig], model: ModelConfig) -> bool:
     """Whether a trainer takes the model's recurrence, or does without one as the model does."""
     return trainer.allows_feedback if model.has_feedback else not trainer.needs_feedback
+
+
+def _trainers_of(model: ModelConfig, *, can_switch: bool) -> list[str]:
+    """Return the kinds of trainer that train a model: as it is, or with its feedback switched on or off as they need it."""
+    has_last_position = hasattr(model, "max_positions")
+    return _trainers(
+        lambda schema: (
+            schema.only_model in (None, model.kind)
+            and (can_switch or _suits(schema, model))
+            and not (has_last_position and schema.reads_in_lanes)
+        )
+    )
 
 
 def _trainers(is_wanted: Callable[[type[TrainerConfig]], bool]) -> list[str]:

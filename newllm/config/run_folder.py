@@ -14,7 +14,7 @@ from newllm.config.compose import ROOTS, read_config
 from newllm.config.overrides import parse
 from newllm.config.problems import ConfigError, shown
 from newllm.config.schema import TrainConfig
-from newllm.config.typed import RUN_INDEPENDENT, build, config_hash, flat, is_run_independent, plain
+from newllm.config.typed import DECIDING, RUN_INDEPENDENT, build, config_hash, flat, is_run_independent, plain
 
 OF_ONE_SESSION = ("resume", "check", "profile", "stop_at_step")
 """Keys that a resumed run does not take over from the session before."""
@@ -101,7 +101,8 @@ def differences(folder: Path, config: TrainConfig) -> list[str]:
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and not is_run_independent(key)]
     return [
         f"{key}={shown(now.get(key))}: the run in {folder} has {shown(before.get(key))}. "
-        f"Allowed to differ when resuming: {', '.join(RUN_INDEPENDENT)}. Leave it out, or start a new run."
+        f"Allowed to differ when resuming: {', '.join(RUN_INDEPENDENT)}, but for {', '.join(DECIDING)}. "
+        "Leave it out, or start a new run."
         for key in changed
     ]
 

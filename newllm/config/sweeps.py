@@ -14,6 +14,7 @@ from newllm.config.compose import examine
 from newllm.config.library import hydra_setting, options
 from newllm.config.named_files import missing_files
 from newllm.config.overrides import judge, parse, quoted
+from newllm.config.typed import is_run_independent
 
 MAX_COMBINATIONS = 200
 """Jobs that are checked one by one; of a larger sweep every value is checked, but not every combination."""
@@ -50,6 +51,11 @@ def examine_jobs(overrides: list[str], root: str) -> list[str]:
         choices = _choices(overrides, root)
     except ValueError as error:
         return [str(error)]
+    sharing = [
+        _with_one_folder(key, texts) for key, texts in choices.items() if len(texts) > 1 and _names_no_folder(key)
+    ]
+    if sharing:
+        return sharing
     jobs = list(_jobs(choices))
     found: dict[str, list[list[str]]] = {}
     for job in jobs:
@@ -59,6 +65,19 @@ def examine_jobs(overrides: list[str], root: str) -> list[str]:
     varying = {text for texts in choices.values() if len(texts) > 1 for text in texts}
     merged = _merged(found, varying)
     return [_where(problem, concerned, len(jobs), varying) for problem, concerned in merged.items()]
+
+
+def _names_no_folder(key: str) -> bool:
+    """Whether jobs that differ in this key alone lie in one folder: it decides nothing of what they come to."""
+    return is_run_independent(key) and key != "output_dir"
+
+
+def _with_one_folder(key: str, texts: list[str]) -> str:
+    values = ",".join(text.partition("=")[2] for text in texts)
+    return (
+        f"{key}={values}: decides where and how a job runs, not what it computes: the jobs would share one folder, and only the first run. "
+        "Allowed in a sweep: keys that decide the result. Run it once for each value, with a name of its own."
+    )
 
 
 def for_the_jobs(overrides: list[str], root: str) -> list[str]:

@@ -24,6 +24,8 @@ RUN_INDEPENDENT = (
     "data.cache_dir",
 )
 """Keys and groups that may differ when a run is resumed: they decide where and how it runs, not what it computes."""
+DECIDING = ("runtime.precision",)
+"""Keys of these groups that do decide what is computed."""
 
 
 OPTIONAL_GROUPS = ("experiment", "sweep", "debug")
@@ -114,7 +116,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def is_run_independent(key: str) -> bool:
     """Whether the dotted key, or the group it stands in, does not decide what is computed."""
-    return any(key == name or key.startswith(f"{name}.") for name in RUN_INDEPENDENT)
+    return key not in DECIDING and any(key == name or key.startswith(f"{name}.") for name in RUN_INDEPENDENT)
 
 
 class _Reading:

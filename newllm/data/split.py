@@ -75,9 +75,15 @@ def split_by_source(documents: list[Document], validation: list[Document], *, na
 
 
 def _with_test(rest: list[Document], validation: list[Document], test_share: float, rule: str) -> Split:
-    ranked = rank(rest)
+    ranked, seen = rank(rest), {document.text_hash for document in validation}
     num_test = min(max(1, round(test_share * len(ranked))), len(ranked) - 1) if test_share > 0 else 0
-    return Split(ranked[num_test:], rank(validation), ranked[:num_test], f"{rule}; {num_test} test documents by hash")
+    # A validation text stays where the guard finds it: among those to train on. As a test text it would have chosen the weights.
+    unseen = [document for document in ranked if document.text_hash not in seen]
+    test, others = (
+        unseen[:num_test],
+        unseen[num_test:] + [document for document in ranked if document.text_hash in seen],
+    )
+    return Split(others, rank(validation), test, f"{rule}; {len(test)} test documents by hash")
 
 
 def cut_document(document: Document, *, validation_share: float, test_share: float) -> Split:

@@ -28,6 +28,11 @@ class SplitRule:
     apply: Callable[[list[Document]], Split]
 
 
+def names_file(validation: str | None) -> bool:
+    """Return whether the key names files of text, neither documents of the source nor nothing."""
+    return validation not in (None, "auto") and INDEX_RANGE.fullmatch(str(validation)) is None
+
+
 def split_rule(validation: str | None, data: DataConfig, *, form: RecordForm) -> SplitRule:
     """Return the rule that the configuration asks for.
 

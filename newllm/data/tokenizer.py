@@ -106,13 +106,12 @@ def load_tokenizer(path: str | Path, *, vocab_size: int | None = None) -> Tokeni
     Raises:
         ValueError: there is no such file, or it is not a tokenizer.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"tokenizer.path={path}: does not exist. Allowed: a tokenizer.json. Check the path.")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(
-            f"tokenizer.path={path}: is not a tokenizer ({error}). Allowed: a tokenizer.json. Save it again."
+            f"tokenizer.path={path}: cannot be read as a tokenizer ({error}). Allowed: a tokenizer.json. Check the path, or save it "
+            "again."
         ) from None
     return Tokenizer(backend, vocab_size=vocab_size)
 

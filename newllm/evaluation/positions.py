@@ -29,11 +29,12 @@ class PositionsConfig(EvaluationConfig):
 
     def check(self, config: Any) -> list[str]:
         """Return what is wrong between these values."""
-        if self.edges and all(low < high for low, high in zip(self.edges, self.edges[1:], strict=False)):
+        is_ascending = all(low < high for low, high in zip(self.edges, self.edges[1:], strict=False))
+        if is_ascending and self.edges[:1] == [0]:
             return []
         return [
-            f"evaluation.positions.edges={self.edges}: is not ascending. "
-            "Allowed: at least one position, each above the one before. Sort the list and drop repetitions."
+            f"evaluation.positions.edges={self.edges}: is not ascending from 0. "
+            "Allowed: 0, then each above the one before. Begin with 0, sort the list and drop repetitions."
         ]
 
 

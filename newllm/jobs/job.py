@@ -13,6 +13,8 @@ from hydra.types import RunMode
 from newllm.config.command_line import Job
 from newllm.config.overrides import key_of, quoted
 from newllm.config.run_folder import can_resume, differences
+from newllm.data.split_rule import names_file
+from newllm.data.text_files import find_files
 from newllm.jobs.process import BUSY, run_fresh
 from newllm.jobs.record import JobRecord
 from newllm.run_record import read_run
@@ -77,7 +79,7 @@ def _outcome(job: Job, script: Path, record: JobRecord) -> JobRecord:
             return replace(
                 record, status="refused", reason=f"done with other settings; remove the folder. {changed[0]}"
             )
-        return replace(record, status="skipped", val_loss=_val_loss(job.folder))
+        return replace(record, status="skipped", val_loss=_val_loss(job.folder), reason=_newer_text(job))
     if not can_resume(job.folder):  # of a start that came to nothing: the options may have changed since
         (job.folder / "config.yaml").unlink(missing_ok=True)
     log = log_of(job.folder)
@@ -114,7 +116,21 @@ def _judged(record: JobRecord, code: int, folder: Path, lines: Sequence[str]) ->
         return replace(record, status="refused", reason=" ".join(problems) or "see the log")
     if (folder / "FAILED").exists():
         return replace(record, status="failed", reason=str(read_run(folder).facts["exit_reason"]))
-    return replace(record, status="failed", reason=lines[-1] if lines else f"exit code {code}")
+    told = [line for line in lines if "HYDRA_FULL_ERROR" not in line]  # how to see more, not what happened
+    return replace(record, status="failed", reason=told[-1] if told else f"exit code {code}")
+
+
+def _newer_text(job: Job) -> str:
+    """Return what to tell of a job that is done where its own text has been written since; nothing else reads it again."""
+    paths = {key: getattr(job.config.data, key, None) for key in ("path", "validation")}
+    done = (job.folder / "DONE").stat().st_mtime
+    newer = [
+        f"data.{key}"
+        for key, path in paths.items()
+        if path is not None and (key == "path" or names_file(path))
+        if any(file.stat().st_mtime > done for file in find_files(path, key=f"data.{key}")[0])
+    ]
+    return f"{' and '.join(newer)} changed since: remove the folder to train on it" if newer else ""
 
 
 def _val_loss(folder: Path) -> float | None:

@@ -113,4 +113,6 @@ def _read(folder: Path) -> RunCurves:
     settings = {key: value for key, value in flat(run.config).items() if not is_run_independent(key)}
     for key in ("name", "seed"):
         settings.pop(key, None)
+    if settings.get("data.path") is not None:  # a file may change between two runs; what is drawn differs by the seed
+        settings["data_fingerprint"] = str(run.facts.get("data_fingerprint"))[:12]
     return RunCurves(run, read_metrics(folder), settings)

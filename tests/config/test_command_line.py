@@ -73,6 +73,7 @@ def test_help_answers_without_torch(program: str, tmp_path: Path) -> None:
         ("train.py", ["tokenizer=file"]),
         ("train.py", ["data=jsonl", "data.path=nowhere.txt", "tokenizer=file", "tokenizer.path=nowhere.json"]),
         ("train.py", ["-m", "data=jsonl", "data.path=nowhere.txt,nowhere.jsonl"]),
+        ("train.py", ["data.validation=nowhere.txt", "embedding=run", "embedding.path=nowhere"]),
         ("evaluate.py", ["run=nowhere"]),
     ],
 )

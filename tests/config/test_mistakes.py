@@ -86,6 +86,10 @@ MISTAKES = [
         r"^trainer=standard: cannot train a recurrence, model\.feedback=additive is one\. "
         r"Allowed with one: trainer=lct, sequential, streaming\.",
     ),
+    (
+        ["model=trm", "trainer=lct"],
+        r"^trainer=lct: trains a recurrence, a model of kind trm has none\. Allowed without one: trainer=standard, trm\.",
+    ),
     (["data=delay_copy", "tokenizer=bpe"], r"^tokenizer: data=delay_copy gives token ids, not text\."),
     (["evaluation=[lag]"], r"^evaluation\.lag: measures a recurrence, the model has none"),
     (["data.validation_share=0.6", "data.test_share=0.4"], r"^data\.validation_share=0\.6: .*Allowed: a sum below 1\."),

@@ -6,7 +6,10 @@ import pytest
 
 from newllm.config import sweeps
 from newllm.config.command_line import check_command_line, sweep_output
+from newllm.config.compose import compose
+from newllm.config.run_folder import override_hash
 from newllm.config.sweeps import examine_jobs
+from newllm.config.typed import config_hash
 
 
 def test_a_possible_sweep_has_no_problems() -> None:
@@ -134,3 +137,19 @@ def test_keys_that_every_configuration_has_stay_where_they_are() -> None:
 )
 def test_one_mistake_is_told_once_for_all_jobs(overrides: list[str], given: str) -> None:
     assert [problem.partition(": ")[0] for problem in examine_jobs(overrides, "train")] == [given]
+
+
+@pytest.mark.parametrize(
+    "text", ["runtime.num_threads=1,2", "runtime=cpu,ddp_cpu", "data.num_workers=0,1", "logger=csv,none"]
+)
+def test_a_sweep_over_what_decides_nothing_is_refused_for_its_jobs_would_share_a_folder(text: str) -> None:
+    (problem,) = examine_jobs([text, "seed=0,1"], "train")
+
+    assert problem.startswith(f"{text}: decides where and how a job runs")
+
+
+def test_precisions_are_jobs_of_their_own() -> None:
+    jobs = [["runtime.precision=32-true"], ["runtime.precision=64-true"]]
+
+    assert examine_jobs(["runtime.precision=32-true,64-true"], "train") == []
+    assert len({override_hash(job) for job in jobs}) == len({config_hash(compose(job)) for job in jobs}) == 2

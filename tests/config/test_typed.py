@@ -7,7 +7,7 @@ import yaml
 
 from newllm.config.compose import ConfigError, compose, read_config
 from newllm.config.schema import TrainConfig
-from newllm.config.typed import RUN_INDEPENDENT, build, config_hash, flat, plain, real_config
+from newllm.config.typed import DECIDING, RUN_INDEPENDENT, build, config_hash, flat, plain, real_config
 
 MEMORY = ["model=infini", "trainer=lct", "layers.segment_length=32", "layers.window=16"]
 
@@ -77,7 +77,8 @@ def test_hash_has_eight_hex_digits_and_depends_on_what_is_computed() -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "runtime=gpu",
+        "runtime=ddp_cpu",
+        "runtime.num_threads=2",
         "logger=none",
         "callbacks=quiet",
         "output_dir=elsewhere",
@@ -93,9 +94,16 @@ def test_hash_is_that_of_the_same_computation(override: str) -> None:
     assert config_hash(compose([override])) == config_hash(compose([]))
 
 
+def test_the_precision_decides_what_is_computed() -> None:
+    hashes = {config_hash(compose([text])) for text in ("runtime.precision=64-true", "runtime=gpu", "seed=0")}
+
+    assert len(hashes) == 3
+
+
 def test_run_independent_keys_exist() -> None:
     keys = flat(plain(compose([])))
 
+    assert [name for name in DECIDING if name not in keys] == []
     assert [name for name in RUN_INDEPENDENT if not any(f"{key}.".startswith(f"{name}.") for key in keys)] == []
 
 

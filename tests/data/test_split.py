@@ -101,3 +101,14 @@ def test_an_only_document_of_two_characters_is_refused() -> None:
 def test_rank_mixes_the_source() -> None:
     assert rank(documents(20)) != documents(20)
     assert ids(rank(documents(20))) == ids(documents(20))
+
+
+def test_a_validation_text_is_no_test_text_too() -> None:
+    source = documents(20)
+
+    for held_out in source:
+        split = split_by_source(source, [Document(held_out.text, "its own file", "made")], name="x", test_share=0.2)
+
+        assert held_out not in split.test
+        assert held_out in split.train  # where the guard on splits tells of it
+        assert (len(split.train), len(split.test)) == (16, 4)

@@ -96,7 +96,7 @@ def test_memory_models_are_measured_by_segment_too():
     assert "by_segment" not in positions.measure(material(model("pythia")), options)
 
 
-@pytest.mark.parametrize("edges", [[], [0, 8, 4]])
+@pytest.mark.parametrize("edges", [[], [0, 8, 4], [4, 8], [200]])
 def test_edges_that_do_not_ascend_are_refused(edges):
     problems = positions.PositionsConfig(kind="positions", edges=edges).check(None)
 

@@ -19,7 +19,7 @@ import yaml
 from newllm.config.command_line import Job
 from newllm.config.compose import compose
 from newllm.config.typed import plain
-from newllm.jobs.job import _outcome, run_job
+from newllm.jobs.job import _judged, _outcome, run_job
 from newllm.jobs.record import JobRecord, read_records
 from newllm.jobs.sweep import Narrator, run_sweep, table, told
 
@@ -203,3 +203,37 @@ def test_the_exit_code_tells_of_failed_jobs(
     (sweep,) = (tmp_path / "sweeps").glob("*") if jobs else [tmp_path / "none"]
     assert len(list(read_records(sweep))) == len(jobs)
     assert os.environ.get("NEWLLM_SWEEP") is None
+
+
+def test_a_done_job_whose_text_was_written_since_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, held_out, folder = tmp_path / "text.txt", tmp_path / "held_out.txt", tmp_path / "job"
+    given = ["model=pythia", "data=jsonl", "data.path=text.txt", "data.validation=held_out.txt"]
+    for path in (text, held_out):
+        path.write_text("text")
+        os.utime(path, (1000, 1000))
+    config = compose(given)
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain(config)))
+    (folder / "run.json").write_text('{"metrics": {"val/loss": 2.5}}')
+    (folder / "DONE").touch()
+
+    def outcome() -> JobRecord:
+        return _outcome(Job(config, folder, given), ROOT / "train.py", record(0, "running"))
+
+    before = outcome()
+    os.utime(held_out)
+    os.utime(folder / "DONE", (2000, 2000))
+    after = outcome()
+
+    assert (before.status, before.reason, before.val_loss) == ("skipped", "", 2.5)
+    assert (after.status, after.reason) == (
+        "skipped",
+        "data.validation changed since: remove the folder to train on it",
+    )
+
+
+def test_a_job_that_hydra_ends_is_told_by_its_error(tmp_path: Path) -> None:
+    lines = ["ValueError: it broke", "", "Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace."]
+
+    assert _judged(record(0, "running"), 1, tmp_path, lines[:1] + lines[2:]).reason == "ValueError: it broke"

@@ -301,3 +301,27 @@ def test_hundreds_of_runs_take_seconds_and_no_torch(tmp_path: Path) -> None:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Processor time: what the clock shows depends on what else the machine does.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
+
+
+def test_seeds_trained_on_other_content_of_a_file_are_no_group(tmp_path: Path) -> None:
+    own = {"data": {"kind": "jsonl", "path": "text.jsonl"}}
+    for seed, fingerprint in enumerate(["a" * 64, "a" * 64, "b" * 64]):
+        write_run(tmp_path / f"run_{seed}", seed=seed, config=own, data_fingerprint=fingerprint)
+    drawn = {"data": {"kind": "delay_copy"}}
+    for seed in range(2):
+        write_run(tmp_path / f"drawn_{seed}", seed=seed, config=drawn, data_fingerprint=str(seed) * 64)
+
+    found = {group.label: len(group.runs) for group in groups_of(tmp_path)}
+
+    assert sorted(found.values()) == [1, 2, 2]
+    assert any("data_fingerprint=aaaaaaaaaaaa" in label for label in found)
+
+
+def test_seeds_of_other_precisions_are_no_group(tmp_path: Path) -> None:
+    for seed, precision in enumerate(["32-true", "bf16-mixed"]):
+        write_run(tmp_path / f"run_{seed}", seed=seed, config={"runtime": {"devices": 1, "precision": precision}})
+
+    assert sorted(group.label for group in groups_of(tmp_path)) == [
+        "runtime.precision=32-true",
+        "runtime.precision=bf16-mixed",
+    ]

@@ -131,7 +131,8 @@ class State:
 
         try:
             with safe_open(path, framework="pt") as file:
-                header, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # Copies: products of numbers that lie where a file happens to have them round otherwise on some processors.
+                header, tensors = file.metadata() or {}, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(
                 f"{path}: is damaged or no safetensors file ({error}). Allowed: files written by State.save."

@@ -244,7 +244,7 @@ def _cache_bytes(config: TrainConfig, data: TextDataModule, model: LanguageModel
 def _memory_bytes(config: TrainConfig, parameters: dict[str, int], vocab_size: int) -> float:
     """Weights, gradients and moments, and the activations of one batch: logits twice, about 20 hidden sizes a layer.
 
-    With Newton steps also the derivatives of each state by the one before, weakened and turned.
+    With Newton steps also the derivatives of each state by the one before, and what they are turned into for the way back.
     """
     size = config.model
     tokens = config.data.batch_size * config.data.block_length

@@ -92,8 +92,10 @@ def newton(step: Map, states_BTD: Tensor, first_BD: Tensor | None = None) -> Ten
         read = previous.detach().requires_grad_()
         changes = jacobians(step(read), read)
     swept = step(previous)
-    damping = _damping(changes, given, swept.detach())
-    return given + linear_recurrence(changes, (swept - given).unsqueeze(-1), damping.unsqueeze(1)).squeeze(-1)
+    # Autocast would round what is told from position to position each time.
+    with torch.autocast(given.device.type, enabled=False):
+        damping = _damping(changes, given, swept.detach())
+        return given + linear_recurrence(changes, (swept - given).unsqueeze(-1), damping.unsqueeze(1)).squeeze(-1)
 
 
 @torch.no_grad()
@@ -115,7 +117,7 @@ def jacobians(states_BTD: Tensor, previous_BTD: Tensor) -> Tensor:
         states_BTD: results of a pointwise map, with their graph.
         previous_BTD: what it was applied to.
     """
-    found = states_BTD.new_empty(*states_BTD.shape, previous_BTD.shape[-1])
+    found = previous_BTD.new_empty(*states_BTD.shape, previous_BTD.shape[-1])
     chosen = torch.zeros_like(states_BTD)
     for row in range(states_BTD.shape[-1]):
         chosen[..., row] = 1

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from newllm.models.create import create_model
 from newllm.recurrence import contraction, newton, relative_change, shift, solve, sweep, unroll
-from newllm.trainers.lag import sweep_map, trained_states
+from newllm.trainers.lag import carried_map, sweep_map, trained_states
 
 
 def tanh_map(inputs_BTD: Tensor, weight_DD: Tensor):
@@ -283,3 +283,15 @@ def test_each_text_is_damped_as_it_needs():
 
     assert settled[-1].item() == pytest.approx(2.0)
     assert running.abs().max() < 10
+
+
+def test_autocast_rounds_the_map_and_not_what_positions_tell_each_other():
+    model = POINTWISE["context"]().float()
+    input_ids, start = torch.randint(23, (2, 12)), torch.zeros(2, 12, 28)
+    with torch.no_grad():
+        expected = trained_states(model, input_ids, start, sweeps=12, solver="newton")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            stepped = newton(carried_map(model, input_ids), expected[..., :16])
+
+    assert stepped.dtype == torch.float32
+    assert relative_change(expected[..., :16], stepped) < 0.02

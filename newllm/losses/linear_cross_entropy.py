@@ -89,9 +89,8 @@ def _to_nats_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     is_target = (targets != NO_TARGET).unsqueeze(1)
-    index = targets.unsqueeze(1).where(
-        is_target, 0
-    )  # any other number that is no token is found out by what looks it up
+    # Another number that is no token is found out where it is looked up.
+    index = targets.unsqueeze(1).where(is_target, 0)
     largest, own = logits.amax(dim=1, keepdim=True).to(wide), logits.gather(1, index).to(wide)
     in_place = logits.dtype == wide and logits.device.type == "cpu"
     shares = torch.softmax(logits, dim=1, out=logits) if in_place else logits.softmax(dim=1, dtype=wide)
@@ -154,9 +153,8 @@ class _MeanNats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if (
-            torch.is_grad_enabled()
-        ):  # the gradients were made with the loss: nothing is left that theirs could be made of
+        # The gradients were made with the loss: nothing is left that theirs could be made of.
+        if torch.is_grad_enabled():
             raise RuntimeError(
                 "loss: gradients of its gradients were asked for (create_graph=True). Allowed: first gradients. "
                 "Take torch.nn.functional.cross_entropy of model.logits(hidden), which has them of any order."

@@ -70,7 +70,11 @@ class LctConfig(TrainerConfig):
         if self.solver == "sweeps" or not config.model.has_feedback:
             return []
         if config.model.is_pointwise(config.layers):
-            return []
+            sharded = (
+                "runtime.strategy=fsdp: gathers a layer's weights for one way back, trainer.solver=newton takes many. "
+            )
+            allowed = "Allowed with it: auto, ddp. Choose one of these, or trainer.solver=sweeps."
+            return [sharded + allowed] if config.runtime.strategy == "fsdp" else []
         looking = [name for name, kind in config.layers.kinds.items() if kind.looks_back]
         return [
             "trainer.solver=newton: needs positions that are linked by the fed-back state alone, layers of kind "

@@ -218,3 +218,8 @@ def test_newton_steps_on_layers_that_look_back_are_refused():
     assert len(refused.value.problems) == 1
     assert compose([*NEWTON, "trainer=lct"]).trainer.solver == "newton"
     assert compose(["model=context", "trainer=lct", "trainer.solver=newton"]).trainer.solver == "newton"
+
+
+def test_newton_steps_of_sharded_models_are_refused():
+    with pytest.raises(ConfigError, match=r"^runtime.strategy=fsdp: gathers a layer's weights for one way back"):
+        compose([*NEWTON, "trainer=lct", "runtime=fsdp"])

@@ -10,20 +10,21 @@ from newllm.data.text_files import find_files
 
 def missing_files(config: TrainConfig) -> list[str]:
     """Return a sentence for each file or folder that the configuration names and that cannot be used."""
-    validation = getattr(config.data, "validation", None)
-    problems = [
-        *_texts(getattr(config.data, "path", None), key="data.path"),
-        *_texts(validation if names_file(validation) else None, key="data.validation"),
-    ]
+    problems = [problem for key, path in named_texts(config).items() for problem in _texts(path, key=key)]
     if config.resume is not None:  # a run goes on with its own tokenizer and weights
         return problems
     return [*problems, *_tokenizer(config.tokenizer.path), *_embedding(config)]
 
 
+def named_texts(config: TrainConfig) -> dict[str, str]:
+    """Return the files, folders and patterns of text that the configuration names, by their keys."""
+    path, validation = (getattr(config.data, name, None) for name in ("path", "validation"))
+    found = {"data.path": path, "data.validation": validation if names_file(validation) else None}
+    return {key: text for key, text in found.items() if text is not None}
+
+
 @cache  # a sweep has many jobs over one folder
-def _texts(path: str | None, *, key: str) -> list[str]:
-    if path is None:
-        return []
+def _texts(path: str, *, key: str) -> list[str]:
     try:
         find_files(path, key=key)
     except ValueError as error:

@@ -11,9 +11,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from newllm.config.command_line import Job
+from newllm.config.named_files import named_texts
 from newllm.config.overrides import key_of, quoted
 from newllm.config.run_folder import can_resume, differences
-from newllm.data.split_rule import names_file
 from newllm.data.text_files import find_files
 from newllm.jobs.process import BUSY, run_fresh
 from newllm.jobs.record import JobRecord
@@ -122,13 +122,11 @@ def _judged(record: JobRecord, code: int, folder: Path, lines: Sequence[str]) ->
 
 def _newer_text(job: Job) -> str:
     """Return what to tell of a job that is done where its own text has been written since; nothing else reads it again."""
-    paths = {key: getattr(job.config.data, key, None) for key in ("path", "validation")}
     done = (job.folder / "DONE").stat().st_mtime
     newer = [
-        f"data.{key}"
-        for key, path in paths.items()
-        if path is not None and (key == "path" or names_file(path))
-        if any(file.stat().st_mtime > done for file in find_files(path, key=f"data.{key}")[0])
+        key
+        for key, path in named_texts(job.config).items()
+        if any(file.stat().st_mtime > done for file in find_files(path, key=key)[0])
     ]
     return f"{' and '.join(newer)} changed since: remove the folder to train on it" if newer else ""
 

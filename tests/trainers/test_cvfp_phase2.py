@@ -136,7 +136,9 @@ def phase1(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_one_run_equals_its_phases_run_apart_and_its_interrupted_self(tmp_path: Path, phase1: Path):
+def test_one_run_equals_its_phases_run_apart_and_its_interrupted_self(
+    tmp_path: Path, phase1: Path, capsys: pytest.CaptureFixture[str]
+):
     both = ("trainer.max_iterations=3", ITERATIONS[0], "trainer.checkpoint_every_iterations=1", "model.num_layers=1")
 
     whole = run(tmp_path / "whole", "cvfp", *both)
@@ -144,6 +146,9 @@ def test_one_run_equals_its_phases_run_apart_and_its_interrupted_self(tmp_path: 
     broken = tmp_path / "broken"
     run(broken, "cvfp", *both, "stop_at_step=2")
     assert not (broken / "checkpoints" / "last.ckpt").exists()  # it was stopped in phase 1
+    assert (
+        f"Continue with: resume={broken}\n" in capsys.readouterr().out
+    )  # not its phase 1, which goes on with it alone
     assert json.loads((broken / "run.json").read_text())["status"] == "stopped"
     continued = run(broken, "cvfp", *both, f"resume={broken}")
 

@@ -16,7 +16,11 @@ from newllm.run_record import read_metrics
 
 HERE = Path(__file__).parent
 EVERY = ["standard", "lct", "streaming_lanes", "cvfp", "selective", "trm"]
-MEASURED = {"streaming_lanes": "[perplexity,positions,memory]", "lct": "[perplexity,positions,sliding_window,lag]"}
+BESIDES = {
+    # Token by token, and every operation through Python there: one layer of each kind.
+    "streaming_lanes": ["evaluation=[perplexity,positions,memory]", "size.num_layers=2"],
+    "lct": ["evaluation=[perplexity,positions,sliding_window,lag]"],
+}
 
 
 def on_second_device(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -29,7 +33,7 @@ def on_second_device(folder: Path, *overrides: str) -> subprocess.CompletedProce
 @pytest.mark.slow
 @pytest.mark.parametrize("procedure", EVERY)
 def test_a_run_on_another_device_is_the_run_on_the_host(procedure: str, text: Path, tmp_path: Path) -> None:  # noqa: F811
-    chosen = [*PROCEDURES[procedure], f"evaluation={MEASURED.get(procedure, '[perplexity,positions]')}"]
+    chosen = [*PROCEDURES[procedure], *BESIDES.get(procedure, ["evaluation=[perplexity,positions]"])]
     train(tmp_path / "host", text, *chosen)
     given = [*TINY, f"data.path={text}", f"data.cache_dir={tmp_path / 'cache'}", *chosen]
 

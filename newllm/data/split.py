@@ -78,11 +78,9 @@ def _with_test(rest: list[Document], validation: list[Document], test_share: flo
     ranked, seen = rank(rest), {document.text_hash for document in validation}
     num_test = min(max(1, round(test_share * len(ranked))), len(ranked) - 1) if test_share > 0 else 0
     # A validation text stays where the guard finds it: among those to train on. As a test text it would have chosen the weights.
-    unseen = [document for document in ranked if document.text_hash not in seen]
-    test, others = (
-        unseen[:num_test],
-        unseen[num_test:] + [document for document in ranked if document.text_hash in seen],
-    )
+    test = [document for document in ranked if document.text_hash not in seen][:num_test]
+    taken = {document.id for document in test}
+    others = [document for document in ranked if document.id not in taken]
     return Split(others, rank(validation), test, f"{rule}; {len(test)} test documents by hash")
 
 

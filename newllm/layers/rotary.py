@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 Factors = tuple[Tensor, Tensor, Tensor]
 """What every dim of a head is multiplied by [length, d]: itself, the one half a rotation behind it, the one half a rotation before it."""
@@ -45,8 +46,9 @@ def rotate(tensor_BHTd: Tensor, *, offset: int, rotary_dim: int, base: float) ->
     needed = offset + length
     # Powers of two: stepping token by token then asks for few different factors.
     most = 1 << max(needed - 1, 127).bit_length()
-    # What a tracer makes stands for numbers, has none, and must not be kept.
-    make = _factors if type(tensor_BHTd) is Tensor else _factors.__wrapped__
+    # What is made under a tracer stands for numbers, has none, and must not be kept.
+    is_traced = torch.compiler.is_compiling() or isinstance(tensor_BHTd, FakeTensor)
+    make = _factors.__wrapped__ if is_traced else _factors
     factors = make(most, head_dim, rotary_dim, base, tensor_BHTd.device, tensor_BHTd.dtype)
     return _Rotate.apply(tensor_BHTd, *(factor[offset:needed] for factor in factors), rotary_dim // 2, 1)
 

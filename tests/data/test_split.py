@@ -112,3 +112,4 @@ def test_a_validation_text_is_no_test_text_too() -> None:
         assert held_out not in split.test
         assert held_out in split.train  # where the guard on splits tells of it
         assert (len(split.train), len(split.test)) == (16, 4)
+        assert split.train == [document for document in rank(source) if document not in split.test]

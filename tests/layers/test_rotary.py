@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
-from newllm.layers.rotary import rotate
+from newllm.layers.rotary import _factors, rotate
 from newllm.models.create import create_model
 
 
@@ -76,3 +77,22 @@ def test_an_exported_model_leaves_nothing_behind_for_the_next_call():
     assert type(logits) is torch.Tensor
     torch.testing.assert_close(exported, logits.detach(), atol=1e-5, rtol=0)
     logits.sum().backward()
+
+
+def test_numbers_of_a_tracer_are_not_kept():
+    given = {"offset": 0, "rotary_dim": 4, "base": 65432.1}
+    with FakeTensorMode():
+        rotate(torch.ones(1, 1, 3, 4), **given)
+
+    assert type(rotate(torch.ones(1, 1, 3, 4), **given)) is torch.Tensor
+
+
+def test_factors_are_kept_for_tensors_of_other_types():
+    class Wrapped(torch.Tensor):
+        pass
+
+    made = _factors.cache_info().misses
+    for _ in range(2):
+        rotate(torch.ones(1, 1, 3, 4).as_subclass(Wrapped), offset=0, rotary_dim=4, base=76543.2)
+
+    assert _factors.cache_info().misses == made + 1

@@ -95,6 +95,8 @@ def closing_lines(config: TrainConfig, folder: Path, results: dict[str, Any]) ->
         if results
         else f"curves: {folder / 'curves.png'}",
         f"see it:  tensorboard --logdir {shlex.quote(str(folder.parent))}",
-        f"next:    python evaluate.py {shlex.quote(f'run={folder}')} 'evaluation=[{_next_evaluations(config)}]'",
     ]
+    if (folder / "checkpoints" / "best.ckpt").is_file():
+        evaluations = _next_evaluations(config)
+        told.append(f"next:    python evaluate.py {shlex.quote(f'run={folder}')} 'evaluation=[{evaluations}]'")
     return "\n".join(told)

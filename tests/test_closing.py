@@ -20,6 +20,8 @@ KNOCKED_OUT = {"memory_off": {"accuracy": 0.1}, "other_memory": {"accuracy": 0.2
 def told(folder: Path, metrics: dict[str, float], results: dict[str, Any]) -> str:
     (folder / "run.json").write_text(json.dumps({"data": {}, "guards": []}))
     (folder / "config.yaml").write_text("{}")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "best.ckpt").touch()
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens": 8, **metrics}) + "\n")
     return closing_lines(compose([]), folder, results)
 

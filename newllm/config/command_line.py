@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from newllm.config.compose import examine, read_config
+from newllm.config.compose import examine, from_hydra, read_config
 from newllm.config.help_text import help_text
 from newllm.config.library import damage_named, load
 from newllm.config.named_files import missing_files
@@ -22,7 +22,6 @@ from newllm.config.problems import ConfigError, listed
 from newllm.config.run_folder import can_resume, differences, latest_unfinished, not_writable, overrides_of
 from newllm.config.schema import EvaluateConfig, TrainConfig
 from newllm.config.sweeps import examine_jobs, for_the_jobs, is_sweep, missing_extras
-from newllm.config.typed import build
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,10 @@ def job_of(untyped: DictConfig, root: str) -> Job:
         root: "train" or "evaluate".
     """
     hydra = HydraConfig.get()
-    schema = TrainConfig if root == "train" else EvaluateConfig
-    config, problems = build(OmegaConf.to_container(untyped, resolve=True), schema)  # type: ignore[arg-type]
-    if problems:
-        refuse([problem.text for problem in problems])
+    try:
+        config = from_hydra(untyped, root)
+    except ConfigError as error:
+        refuse(error.problems)
     folder = Path(hydra.runtime.output_dir)
     if folder.is_relative_to(Path.cwd()):
         folder = folder.relative_to(Path.cwd())
@@ -200,7 +199,9 @@ def _check_evaluated_run(config: EvaluateConfig) -> None:
         raise ConfigError([f"run={folder}: there is no run (no run.json). {advice}"])
     found = sorted(file.stem for file in (folder / "checkpoints").glob("*.ckpt"))
     problems = []
-    if config.checkpoint not in found:
+    if not found:
+        problems.append(f"run={folder}: has no checkpoint yet. {advice.rstrip('.')}, or train this one further.")
+    elif config.checkpoint not in found:
         problems.append(
             f"checkpoint={config.checkpoint}: run={folder} has no checkpoints/{config.checkpoint}.ckpt. "
             f"Allowed: {listed(found)}. Take one of these, or train longer than trainer.checkpoint_every_steps."

@@ -13,7 +13,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from newllm.config.compatibility import check_model, check_run
 from newllm.config.kinds import kinds_of, schema_of
-from newllm.config.library import chosen_by_default, conf_folder, damage_named, load, options
+from newllm.config.library import chosen_by_default, conf_folder, damage_named, left_out, load, options
 from newllm.config.overrides import Judgement, judge, key_of, quoted, readable
 from newllm.config.problems import ConfigError, Problem, listed, shown, with_closest
 from newllm.config.schema import EvaluateConfig, LayerConfig, LayersConfig, TrainConfig
@@ -83,6 +83,22 @@ def read_config(path: Path) -> TrainConfig:
         where = f"{path} was not written by this version of newllm:"
         raise ConfigError([f"{where} {problem.text}" for problem in problems])
     return cast(TrainConfig, config)
+
+
+def from_hydra(untyped: DictConfig, root: str) -> Any:
+    """Return the typed configuration of what Hydra composed out of a checked command line.
+
+    Raises:
+        ConfigError: something has changed since the check.
+    """
+    keys = [str(key) for key in untyped if key != "hydra"]
+    tree: Any = OmegaConf.to_container(OmegaConf.masked_copy(untyped, keys), resolve=True)
+    for name in left_out(tree["evaluation"]):
+        del tree["evaluation"][name]
+    config, problems = build(tree, ROOTS[root])
+    if problems:
+        raise ConfigError([problem.text for problem in problems])
+    return config
 
 
 def examine(overrides: list[str], root: str, *, pairs: bool = True) -> tuple[Any, list[str]]:

@@ -1,7 +1,7 @@
 """What conf/ offers: groups, their options and one line about each; and its composition by Hydra."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
@@ -126,7 +126,15 @@ def _chosen(folder: Path, root: str, choices: tuple[str, ...]) -> tuple[DictConf
     hydra = config.hydra
     with open_dict(config):
         del config["hydra"]
+        if any(text.startswith("evaluation=") for text in choices):
+            for name in left_out(config.evaluation):
+                del config.evaluation[name]
     return config, hydra
+
+
+def left_out(evaluation: Mapping[Any, Any]) -> list[str]:
+    """Return the measurements that an experiment sets keys of and the user, choosing others, did not take."""
+    return [name for name in options("evaluation") if name in evaluation and "kind" not in evaluation[name]]
 
 
 @cache

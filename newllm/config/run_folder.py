@@ -6,15 +6,14 @@ import tempfile
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from newllm.config.compose import ROOTS, read_config
+from newllm.config.compose import from_hydra, read_config
 from newllm.config.overrides import parse
 from newllm.config.problems import ConfigError, shown
 from newllm.config.schema import TrainConfig
-from newllm.config.typed import DECIDING, RUN_INDEPENDENT, build, config_hash, flat, is_run_independent, plain
+from newllm.config.typed import DECIDING, RUN_INDEPENDENT, config_hash, flat, is_run_independent, plain
 
 OF_ONE_SESSION = ("resume", "check", "profile", "stop_at_step")
 """Keys that a resumed run does not take over from the session before."""
@@ -107,17 +106,8 @@ def differences(folder: Path, config: TrainConfig) -> list[str]:
     ]
 
 
-def _typed(root: DictConfig) -> TrainConfig:
-    tree: Any = OmegaConf.to_container(
-        OmegaConf.masked_copy(root, [str(k) for k in root if k != "hydra"]), resolve=True
-    )
-    config, problems = build(tree, ROOTS["train"])
-    assert not problems, f"the command line was checked before: {problems}"
-    return config
-
-
 def _resolve_run_folder(*, _root_: DictConfig) -> str:
-    return str(run_folder(_typed(_root_), datetime.now()))
+    return str(run_folder(from_hydra(_root_, "train"), datetime.now()))
 
 
 def _resolve_override_hash(*, _root_: DictConfig) -> str:

@@ -179,6 +179,14 @@ def test_only_a_folder_with_a_run_in_it_stays(is_kept: bool, tmp_path: Path) -> 
     assert (tmp_path / "outputs").exists()
 
 
+def test_an_experiment_may_go_without_the_measurements_it_sets(tmp_path: Path) -> None:
+    for mode in ([], ["-m"]):
+        result = call_stand_in(*mode, "experiment=passkey", "evaluation=[]", "name=quick", cwd=tmp_path)
+
+        assert result.returncode == 0, result.stderr
+        assert ("job" if mode else "got TrainConfig outputs/quick/") in result.stdout
+
+
 def test_cfg_shows_the_configuration(tmp_path: Path) -> None:
     result = call("train.py", "--cfg", "job", "--resolve", "trainer=lct", cwd=tmp_path)
 

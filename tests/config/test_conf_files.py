@@ -126,3 +126,15 @@ def test_a_loss_is_two_files(conf: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "model=trm", "trainer=trm", "loss=smooth"
     )
     kinds._namespace.cache_clear()
+
+
+def test_settings_of_a_measurement_count_only_where_it_is_chosen(conf: Path) -> None:
+    setting = b"evaluation:\n  recall:\n    num_blocks: 3\n"
+    choosing = b"defaults:\n  - override /evaluation: [perplexity, recall]\n"
+    (conf / "experiment" / "mine.yaml").write_bytes(HEADER + choosing + setting)
+    (conf / "experiment" / "forgetful.yaml").write_bytes(HEADER + setting)
+
+    assert set(compose(["experiment=mine", "data=mqar"]).evaluation) == {"perplexity", "recall"}
+    for chosen, left in (("[perplexity]", {"perplexity"}), ("[]", set())):
+        assert set(compose(["experiment=mine", f"evaluation={chosen}"]).evaluation) == left
+    assert "evaluation.recall.kind: is missing" in refusal("experiment=forgetful")

@@ -152,6 +152,7 @@ def test_resume_auto_starts_a_run_where_there_is_none() -> None:
         ([], "run: is missing"),
         (["run=nowhere"], "run=nowhere: there is no run (no run.json)"),
         (["run=runs/first"], "checkpoint=best: run=runs/first has no checkpoints/best.ckpt. Allowed: last."),
+        (["run=runs/new"], "run=runs/new: has no checkpoint yet. Allowed: a folder train.py printed"),
         (["run=runs/plain", "checkpoint=last", "evaluation=[lag]"], "evaluation.lag: measures a recurrence"),
         (["run=runs/first", "trainer=lct"], "trainer=lct: is neither a group nor a key. Allowed: batch_size"),
         (["-m", "run=runs/first"], "-m: one run is evaluated at a time"),
@@ -162,6 +163,7 @@ def test_evaluate_refuses_what_it_cannot_measure(
 ) -> None:
     leave_run(Path("runs/first"), STARTED_WITH)
     leave_run(Path("runs/plain"), [])
+    leave_run(Path("runs/new"), [], checkpoint=False)
 
     with pytest.raises(SystemExit) as ended:
         check_command_line(arguments, root="evaluate")

@@ -46,7 +46,9 @@ def sweep(folder: Path, *arguments: str) -> tuple[CompletedProcess[str], list[Jo
     """Run a sweep; return how it ended and the records of its jobs."""
     before = set(folder.glob("outputs/sweeps/*"))
     given = [sys.executable, str(ROOT / "train.py"), "-m", *TINY, *arguments]
-    result = subprocess.run(given, cwd=folder, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+    # Ray's workers give way to every other process (niceness 15): beside other tests they would hardly run.
+    environment = {**os.environ, "COLUMNS": "200", "RAY_worker_niceness": "0"}
+    result = subprocess.run(given, cwd=folder, capture_output=True, text=True, env=environment)
     (records,) = set(folder.glob("outputs/sweeps/*")) - before or [folder / "none"]
     return result, list(read_records(records))
 

@@ -3,6 +3,7 @@
 from functools import cache
 from pathlib import Path
 
+from newllm.config.first_phase import UNTRAINED, phase1_problems
 from newllm.config.schema import TrainConfig
 from newllm.data.split_rule import names_file
 from newllm.data.text_files import find_files
@@ -11,6 +12,7 @@ from newllm.data.text_files import find_files
 def missing_files(config: TrainConfig) -> list[str]:
     """Return a sentence for each file or folder that the configuration names and that cannot be used."""
     problems = [problem for key, path in named_texts(config).items() for problem in _texts(path, key=key)]
+    problems += _phase1(config)
     if config.resume is not None:  # a run goes on with its own tokenizer and weights
         return problems
     return [*problems, *_tokenizer(config.tokenizer.path), *_embedding(config)]
@@ -36,6 +38,11 @@ def _tokenizer(path: str | None) -> list[str]:
     if path is None or Path(path).is_file():
         return []
     return [f"tokenizer.path={path}: does not exist. Allowed: a tokenizer.json. Check the path."]
+
+
+def _phase1(config: TrainConfig) -> list[str]:
+    folder = getattr(config.trainer, "phase1", None)
+    return [] if folder in (None, UNTRAINED) else phase1_problems(Path(folder), config)
 
 
 def _embedding(config: TrainConfig) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from newllm.config.fields import Count, Range
+from newllm.config.first_phase import UNTRAINED
 from newllm.config.schema import TrainConfig
 from newllm.data.module import TextDataModule
 from newllm.data.positions import PositionReading, positions_of
@@ -29,8 +30,6 @@ from newllm.trainers.first_phase import FirstPhase, read_first_phase
 from newllm.trainers.slice_memory import check_slice
 
 log = logging.getLogger(__name__)
-
-UNTRAINED = "untrained"
 
 
 @dataclass(frozen=True, kw_only=True)

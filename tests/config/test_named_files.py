@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from newllm.config.compose import compose
 from newllm.config.named_files import missing_files
 from newllm.config.schema import TrainConfig
+from newllm.config.typed import plain
 
 
 def config(*overrides: str) -> TrainConfig:
@@ -41,7 +43,51 @@ def test_what_is_not_there_is_told(
     assert found.startswith(sentence)
 
 
-@pytest.mark.parametrize("overrides", [(), ("data.validation=0:3",), ("data=chat", "data.validation=2:4")])
+PHASE_2 = ("model=context", "trainer=cvfp_phase2", "trainer.phase1=runs/first")
+
+
+def leave_phase_1(folder: Path, *overrides: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text("{}")
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain(config(*overrides))))
+    (folder / "DONE").touch()
+
+
+@pytest.mark.parametrize("inside", [".", "phase1"])
+def test_a_phase_1_of_another_kind_or_model_is_told_before_anything_is_built(
+    inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "first" / inside
+    allowed = "Allowed: the folder of a finished run of trainer=cvfp_phase1 or cvfp."
+    model = ("model=context", "trainer=cvfp_phase1", "model.context_dim=24")
+
+    assert missing_files(config(*PHASE_2))[0].startswith(
+        f"trainer.phase1=runs/first: there is no run (no run.json). {allowed}"
+    )
+    leave_phase_1(folder, "trainer=standard")
+    assert missing_files(config(*PHASE_2)) == [
+        f"trainer.phase1=runs/first: is a run of trainer=standard. {allowed} Name one of these."
+    ]
+    leave_phase_1(folder, *model)
+    (found,) = missing_files(config(*PHASE_2))
+    assert found.startswith(
+        "trainer.phase1=runs/first: is of another model or text: model.context_dim is 24 there and "
+    )
+    assert missing_files(config(*PHASE_2, "model.context_dim=24")) == []
+    (folder / "DONE").unlink()
+    (found,) = missing_files(config(*PHASE_2, "model.context_dim=24"))
+    assert "has not finished (no DONE)." in found
+    assert f"resume={(Path('runs/first') / inside)}" in found
+    (folder / "config.yaml").write_text("- nothing")
+    (found,) = missing_files(config(*PHASE_2))
+    assert "is empty or no run's configuration" in found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("data.validation=0:3",), ("data=chat", "data.validation=2:4"), (*PHASE_2, "trainer.phase1=untrained")],
+)
 def test_configurations_that_name_no_file_miss_none(overrides: tuple[str, ...]) -> None:
     assert missing_files(config(*overrides)) == []
 

@@ -53,7 +53,6 @@ def sweep(folder: Path, *arguments: str) -> tuple[CompletedProcess[str], list[Jo
     return result, list(read_records(records))
 
 
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     "launcher",
     [

@@ -69,7 +69,12 @@ def not_dividing(key: str, parts: int, whole_key: str, whole: int) -> list[str]:
 
 
 _NAMES = {int: "an integer", float: "a number", bool: "true, false", str: "a text", type(None): "null"}
-_NOT = {int: "is not an integer", float: "is not a number", bool: "is not true or false", str: "is not a text"}
+_NOT = {
+    int: "is not an integer",
+    float: "is not a number",
+    bool: "is not true or false",
+    str: "is not a text (where it is meant as one: quotes within quotes, \"key='value'\")",
+}
 
 
 def convert(value: Any, hint: Any) -> Any:

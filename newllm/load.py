@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,8 @@ from newllm.config.compose import read_config
 from newllm.config.schema import TrainConfig
 from newllm.config.typed import real_config
 from newllm.data.module import TextDataModule, build_data
+from newllm.data.tokenizer import Tokenizer, load_tokenizer
+from newllm.data.tokenizer_kinds import saved_tokenizer
 from newllm.models.base import LanguageModel
 from newllm.models.create import build_model
 from newllm.run_record import read_metrics, read_run
@@ -46,8 +48,21 @@ class LoadedRun:
 
     @cached_property
     def data(self) -> TextDataModule:
-        """The run's data, cut as it was; tokenised texts come from the cache folder or are made again."""
-        data = build_data(self.config, tokenizer_file=self.tokenizer_file)
+        """The run's data, as `read_data` gives them."""
+        return self.read_data()
+
+    def read_data(self, *, batch_size: int | None = None) -> TextDataModule:
+        """Return the run's data, cut as they were; tokenised texts come from the cache folder or are made again.
+
+        Args:
+            batch_size: blocks of a batch of held-out text; None takes the run's own.
+        Raises:
+            ValueError: the text has changed, or is not there.
+        """
+        config = self.config
+        if batch_size is not None:
+            config = replace(config, data=replace(config.data, eval_batch_size=batch_size))
+        data = build_data(config, tokenizer_file=self.tokenizer_file)
         data.prepare()
         expected = self.facts.get("data_fingerprint")
         if expected is not None and data.fingerprint != expected:
@@ -64,11 +79,10 @@ class LoadedRun:
         return file if file.is_file() else None
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """The run's own tokenizer, from its folder."""
-        from newllm.data.tokenizer import load_tokenizer
-
-        return load_tokenizer(self.folder / "tokenizer.json")
+    def tokenizer(self) -> Tokenizer:
+        """The run's own tokenizer, from its folder; of a run on token ids there is none, and its file is missed."""
+        file = self.folder / "tokenizer.json"
+        return load_tokenizer(file, vocab_size=saved_tokenizer(self.config.tokenizer, file).vocab_size)
 
 
 def checkpoint_path(folder: Path, which: CheckpointName) -> Path:

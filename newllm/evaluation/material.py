@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from newllm.data.module import TextDataModule, build_data
+from newllm.data.module import TextDataModule
 from newllm.data.tokenizer import Tokenizer
 from newllm.load import LoadedRun
 from newllm.models.base import LanguageModel
@@ -24,23 +24,23 @@ class Material:
 
     Attributes:
         run: the run it comes from.
-        data: the run's data, prepared.
+        prepare: returns the run's data, prepared; called where they are asked for, since a run's folder may have come without them.
         split: the text that is measured.
     """
 
     run: LoadedRun
-    data: TextDataModule
+    prepare: Callable[[], TextDataModule]
     split: Split
 
     @classmethod
     def of(cls, run: LoadedRun, *, split: Split, batch_size: int | None) -> Material:
         """Return the material of a run; `batch_size` None takes the run's own."""
-        if batch_size is None:
-            return cls(run, run.data, split)
-        config = dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, eval_batch_size=batch_size))
-        data = build_data(config, tokenizer_file=run.tokenizer_file)
-        data.prepare()
-        return cls(run, data, split)
+        return cls(run, partial(run.read_data, batch_size=batch_size) if batch_size else lambda: run.data, split)
+
+    @cached_property
+    def data(self) -> TextDataModule:
+        """The run's data."""
+        return self.prepare()
 
     @property
     def model(self) -> LanguageModel:
@@ -50,7 +50,7 @@ class Material:
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The run's tokenizer; None where its data are token ids."""
-        return self.data.tokenizer
+        return None if self.run.tokenizer_file is None else self.run.tokenizer
 
     @property
     def device(self) -> torch.device:

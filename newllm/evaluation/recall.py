@@ -131,7 +131,7 @@ def _at_length(material: Material, length: int, num_blocks: int) -> Material:
             "rows are new. Leave this length out or train on fewer rows (data.num_samples)."
         )
     module.validate_on(ProbeSamples(drawn.rows.part(left[:num_blocks])))
-    return Material(material.run, module, "validation")
+    return Material(material.run, lambda: module, "validation")
 
 
 def _measure(material: Material, *, knock_out: bool) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def trained_and_measured(length: int, num_blocks: int, *overrides: str) -> tuple
     data = build_data(config)
     data.prepare()
     run: Any = SimpleNamespace(config=config, data=data)
-    measured = _at_length(Material(run, data, "validation"), length, num_blocks).data
+    measured = _at_length(Material(run, lambda: data, "validation"), length, num_blocks).data
     return rows_of(data.prepared.train), rows_of(measured.prepared.validation)
 
 

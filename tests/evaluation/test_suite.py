@@ -68,6 +68,31 @@ def test_all_measurements_are_printed_and_written(trained, capsys):
     assert out.splitlines()[-1] == f"run: {trained}"
 
 
+@pytest.fixture
+def moved(tmp_path: Path) -> Path:
+    """A run of a machine whose text is not here."""
+    run = train(tmp_path, "layers.segment_length=8")
+    (tmp_path / "text.jsonl").unlink()
+    shutil.rmtree(tmp_path / "cache")
+    return run
+
+
+def test_what_reads_no_text_needs_none(moved, capsys):
+    texts = evaluate(moved, "evaluation=[generation]", "evaluation.generation.new_tokens=4")["generation"]
+
+    assert texts
+    assert all(1 <= text["new_tokens"] <= 4 for text in texts)
+    assert "text.jsonl: does not exist" in refused(moved, capsys, "evaluation=[perplexity]")
+
+
+@pytest.mark.parametrize("batch_size", ["null", "3"])
+def test_text_that_has_changed_is_not_measured(batch_size, moved, capsys):
+    lines = [json.dumps({"text": inspect.getsource(shutil)[start : start + 3000]}) for start in (0, 3000, 6000, 9000)]
+    (moved.parent / "text.jsonl").write_text("\n".join(lines))
+
+    assert "was trained on other data (fingerprint" in refused(moved, capsys, f"batch_size={batch_size}")
+
+
 def test_other_weights_and_the_test_split_leave_what_reports_compare_as_it_was(trained, capsys):
     evaluate(trained, "evaluation=[perplexity]")
     before = (trained / "evaluation.json").read_text()

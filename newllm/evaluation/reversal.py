@@ -91,7 +91,7 @@ def measure(material: Material, options: ReversalConfig) -> dict[str, Any]:
         ValueError: the tokenizer joins an entity with the text before it.
     """
     assert material.tokenizer is not None, "facts are text"
-    facts = facts_of(material.run.config.data)  # type: ignore[arg-type]  # the schema of data=reversal
+    facts = facts_of(material.data.data_config)  # type: ignore[arg-type]  # the schema of data=reversal; the data are those trained on
     found: dict[str, Any] = {}
     for name, is_both in (("one_way", False), ("both_ways", True)):
         group = [fact for fact in facts if fact.both_ways == is_both]

@@ -1,6 +1,7 @@
 """What a model says to facts in both directions, against models whose answers are known."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from newllm.config.problems import ConfigError
 from newllm.data.facts import draw_facts
 from newllm.data.reversal import facts_of
 from newllm.evaluation.answers import answer_scores, sentence_losses
+from newllm.evaluation.material import Material
 from newllm.evaluation.reversal import Answers, ReversalConfig, measure, paired_p_value, reciprocal_ranks
 from newllm.load import load_run
 from newllm.run import run_training
@@ -104,9 +106,7 @@ def knowing(direction: str, facts: list) -> SimpleNamespace:
         def select(self, rows):
             return Texts([self.texts[row] for row in rows])
 
-    return SimpleNamespace(
-        model=Reader(), tokenizer=own, run=SimpleNamespace(config=SimpleNamespace(data=None)), facts=facts
-    )
+    return SimpleNamespace(model=Reader(), tokenizer=own, data=SimpleNamespace(data_config=None), facts=facts)
 
 
 @pytest.mark.parametrize(("known", "told"), [("forward", True), ("backward", False)])
@@ -158,7 +158,10 @@ def test_facts_are_learnt_in_the_direction_trained_and_not_in_the_other(tmp_path
     run_training(compose(given), tmp_path / "run", given)
 
     run = load_run(tmp_path / "run")
-    found = measure(SimpleNamespace(run=run, model=run.model, tokenizer=run.tokenizer), OPTIONS)["one_way"]
+    found = measure(Material.of(run, split="validation", batch_size=None), OPTIONS)["one_way"]
     assert found["facts"] == 10 == sum(not fact.both_ways for fact in facts_of(run.config.data))
     assert found["forward"]["exact_match"] >= 0.5
     assert found["forward"]["p_value"] < 0.01
+    of_other_facts = replace(run, facts={**run.facts, "data_fingerprint": "0" * 64})
+    with pytest.raises(ValueError, match="was trained on other data"):
+        measure(Material.of(of_other_facts, split="validation", batch_size=None), OPTIONS)

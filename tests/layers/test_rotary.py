@@ -96,3 +96,14 @@ def test_factors_are_kept_for_tensors_of_other_types():
         rotate(torch.ones(1, 1, 3, 4).as_subclass(Wrapped), offset=0, rotary_dim=4, base=76543.2)
 
     assert _factors.cache_info().misses == made + 1
+
+
+def test_compiling_gives_no_warning(recwarn):
+    torch._dynamo.reset()
+
+    turned = torch.compile(
+        lambda heads: rotate(heads, offset=0, rotary_dim=4, base=87654.3), backend="eager", fullgraph=True
+    )
+    turned(torch.ones(1, 1, 3, 4))
+
+    assert not [warning for warning in recwarn if "lru_cache" in str(warning.message)]

@@ -214,7 +214,9 @@ def test_a_run_without_best_weights_ends_in_words(tmp_path: Path, capsys: pytest
 
     assert not (folder / "checkpoints" / "best.ckpt").exists()
     assert (folder / "DONE").exists()
-    assert "nothing is evaluated: val/loss was never finite" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "nothing is evaluated: val/loss was never finite" in out
+    assert "next:" not in out  # evaluate.py would refuse
 
 
 def test_a_step_that_is_made_already_is_no_place_to_stop(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -50,7 +50,7 @@ class Material:
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The run's tokenizer; None where its data are token ids."""
-        return None if self.run.tokenizer_file is None else self.run.tokenizer
+        return self.data.tokenizer if self.run.tokenizer_file is None else self.run.tokenizer
 
     @property
     def device(self) -> torch.device:

@@ -120,7 +120,7 @@ def _at_length(material: Material, length: int, num_blocks: int) -> Material:
     data = dataclasses.replace(fresh_draw(probe, block_length=length, num_samples=spare + 1), **changes)
     module = build_data(dataclasses.replace(config, data=data))
     module.prepare()
-    drawn, trained = module.prepared.validation, material.run.data.prepared.train
+    drawn, trained = module.prepared.validation, material.data.prepared.train
     assert isinstance(drawn, ProbeSamples), "probes have drawn rows"
     assert isinstance(trained, ProbeSamples), "probes have drawn rows"
     left = np.flatnonzero(not_trained_on(drawn.rows, trained.rows))

@@ -85,6 +85,23 @@ def test_what_reads_no_text_needs_none(moved, capsys):
     assert "text.jsonl: does not exist" in refused(moved, capsys, "evaluation=[perplexity]")
 
 
+def test_a_lost_tokenizer_is_made_again_from_the_text(tmp_path):
+    run = train(tmp_path, "layers.segment_length=8")
+    names = "evaluation=[perplexity,generation]"
+    before = evaluate(run, names, "evaluation.generation.new_tokens=4")
+
+    (run / "tokenizer.json").unlink()
+
+    assert evaluate(run, names, "evaluation.generation.new_tokens=4") == before
+
+
+def test_a_damaged_tokenizer_is_refused(tmp_path, capsys):
+    run = train(tmp_path, "layers.segment_length=8")
+    (run / "tokenizer.json").write_text('{"version": "1.0", "trunc')
+
+    assert "cannot be read as a tokenizer" in refused(run, capsys, "evaluation=[generation]")
+
+
 @pytest.mark.parametrize("batch_size", ["null", "3"])
 def test_text_that_has_changed_is_not_measured(batch_size, moved, capsys):
     lines = [json.dumps({"text": inspect.getsource(shutil)[start : start + 3000]}) for start in (0, 3000, 6000, 9000)]
